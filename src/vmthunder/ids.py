@@ -15,10 +15,13 @@ ImageId = NewType("ImageId", bytes)
 """BLAKE3-256 of an image's manifest."""
 PackId = NewType("PackId", bytes)
 """BLAKE3-256 of a pack's footer, which names every chunk in it."""
+NodeId = NewType("NodeId", bytes)
+"""16 random bytes that a node made once and keeps."""
 ImageName = NewType("ImageName", str)
 """A checked name of an image: see `image_name`."""
 
 DIGEST_BYTES = 32
+NODE_ID_BYTES = 16
 MAX_NAME_CHARS = 200
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*", re.ASCII)
