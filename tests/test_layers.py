@@ -2,7 +2,6 @@
 
 import ast
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -74,7 +73,7 @@ def ours(imported: str) -> str | None:
     return ".".join(parts)
 
 
-@pytest.mark.parametrize(("name", "tree"), modules(), ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize(("name", "tree"), list(modules()), ids=lambda value: value if isinstance(value, str) else "")
 def test_imports_go_down_only(name: str, tree: ast.Module) -> None:
     room = name.partition(".")[0]
     assert room in BELOW, f"{room} has no place in this table"
