@@ -48,10 +48,10 @@ def image_name(text: str) -> ImageName:
         InvalidName: with what is allowed.
     """
     if len(text) > MAX_NAME_CHARS:
-        raise InvalidName(f"image name {text[:32]!r}… is {len(text)} characters long; at most {MAX_NAME_CHARS} are allowed")
+        raise InvalidName(f"image name {text[:32]!r}… is {len(text)} characters long; {MAX_NAME_CHARS} is the most")
     if not _NAME.fullmatch(text) or ".." in text:
         raise InvalidName(
-            f"{text!r} is not an image name; use ASCII letters, digits, '-', '_' and single '.', first a letter or digit"
+            f"{text!r} is no image name; use ASCII letters, digits, '-', '_', single '.', the first a letter or digit"
         )
     if is_hex_digest(text.lower()):
         raise InvalidName(f"{text!r} is not an image name; 64 hexadecimal digits are reserved for image ids")

@@ -1,6 +1,6 @@
 """One chunk: a slice of an image, encoded. Pure, and safe to call from many threads at once.
 
-A chunk is stored raw exactly when it is as long as its slice, otherwise it is one zstd frame (RFC 8878) that is shorter.
+A chunk is stored raw exactly when it is as long as its slice; otherwise it is one zstd frame (RFC 8878), and shorter.
 So the encoding needs no flag, and a decoder that knows the slice's length cannot be made to allocate more than that.
 """
 
@@ -54,9 +54,9 @@ def check_chunk_bytes(chunk_bytes: int) -> int:
 
 
 def is_zero(data: Buffer) -> bool:
-    """Whether all bytes are zero. `data` is at most MAX_CHUNK_BYTES long. One memcmp."""
-    length = len(data)
-    return data == (_ZEROS if length == MAX_CHUNK_BYTES else memoryview(_ZEROS)[:length])
+    """Whether all bytes are zero. `data` is at most MAX_CHUNK_BYTES long."""
+    # One memcmp, where comparing with a memoryview goes byte by byte: 1.5 µs instead of 108 µs for 64 KiB.
+    return _ZEROS.startswith(data)
 
 
 def encode(data: Buffer, level: int = DEFAULT_LEVEL) -> Encoded:

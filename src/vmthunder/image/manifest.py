@@ -38,7 +38,7 @@ _ROW = struct.Struct("<32sIIII")
 class ChunkRow(NamedTuple):
     """Where one chunk of an image is."""
 
-    index: int
+    index: int  # type: ignore[assignment]  # hides tuple.index, which nobody wants of a row
     """Number of the slice: it begins at byte index × chunk size."""
     chunk_id: ChunkId
     encoded_bytes: int
@@ -93,8 +93,15 @@ class Manifest:
         packs = len(self.packs)
         for number, (_, index, encoded, pack, offset) in enumerate(_ROW.iter_unpack(self._data[self._rows_at :])):
             limit = self.chunk_bytes if index != last else last_bytes
-            if not before < index <= last or not 0 < encoded <= limit or pack >= packs or offset + encoded > MAX_PACK_BYTES:
-                raise CorruptManifest(f"manifest row {number} makes no sense: slice {index}, {encoded} bytes, pack {pack}")
+            if (
+                not before < index <= last
+                or not 0 < encoded <= limit
+                or pack >= packs
+                or offset + encoded > MAX_PACK_BYTES
+            ):
+                raise CorruptManifest(
+                    f"manifest row {number} makes no sense: slice {index}, {encoded} bytes, pack {pack}"
+                )
             indices[number] = before = index
         return indices
 

@@ -88,7 +88,8 @@ def decode_footer(footer: Buffer, pack: PackId) -> list[PackEntry]:
     magic, version, zero, count = _HEAD.unpack_from(footer)
     if magic != MAGIC or version != VERSION or zero or len(footer) != _HEAD.size + count * _ENTRY.size:
         raise CorruptPack(f"footer of pack {pack.hex()} is not one of version {VERSION}")
-    entries = [PackEntry(ChunkId(chunk), *place) for chunk, *place in _ENTRY.iter_unpack(memoryview(footer)[_HEAD.size :])]
+    table = _ENTRY.iter_unpack(memoryview(footer)[_HEAD.size :])
+    entries = [PackEntry(ChunkId(chunk), *place) for chunk, *place in table]
     end = 0
     for entry in entries:
         if entry.offset != end or entry.encoded_bytes == 0:

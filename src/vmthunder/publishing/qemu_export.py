@@ -1,0 +1,137 @@
+"""Any disk image as a raw read-only file: one qemu-storage-daemon with a FUSE export, for as long as it is read.
+
+Owns the daemon and its mount point. Use it from the main thread: the daemon is told to end when the thread that started
+it ends, so that a killed publish leaves no daemon and no mount. Whoever reads the file may hang when the daemon does;
+`Export.abort`, from any thread, ends both.
+"""
+
+import contextlib
+import json
+import os
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from vmthunder.errors import Failure, MissingTool, VMThunderError
+from vmthunder.publishing.formats import DiskFormat, explain
+
+START_TIMEOUT_S: Final = 30.0
+"""Until the export is there. QEMU reads a few tables."""
+STOP_TIMEOUT_S: Final = 5.0
+
+
+class Export:
+    """A disk image that a storage daemon shows as the raw file `path`."""
+
+    def __init__(self, path: Path, process: subprocess.Popen[bytes], label: str) -> None:
+        """Use `exported`."""
+        self.path = path
+        self._process = process
+        self._label = label
+        self._stalled = False
+
+    def abort(self) -> None:
+        """Kill the daemon, which ends all reads of its file. From any thread."""
+        self._stalled = True
+        self._process.kill()
+
+    def failure(self) -> VMThunderError | None:
+        """Why reads fail now, if it is the daemon's fault."""
+        if self._stalled:
+            return Failure(f"qemu-storage-daemon stopped answering while {self._label} was read")
+        # A killed daemon's reads fail before it can be waited for: give that moment.
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            status = self._process.wait(timeout=1)
+            return Failure(f"qemu-storage-daemon ended ({_ending(status)}) while {self._label} was read")
+        return None
+
+
+@contextlib.contextmanager
+def exported(
+    filename: str, disk: DiskFormat, label: str, *, pass_fds: Sequence[int] = (), alone: bool = False
+) -> Iterator[Export]:
+    """Show an image as a raw file until the end of the `with`; arguments as for `formats.parts`.
+
+    Raises:
+        MissingTool: no storage daemon, or it or the kernel has no FUSE.
+        Conflict, CorruptFile, NotFound, NotPermitted, Usage: as `formats.explain` says.
+    """
+    file = {"driver": "host_device" if Path(filename).is_block_device() else "file", "filename": filename}
+    node: dict[str, Any] = {"driver": disk.driver, "node-name": "disk", "read-only": True, "file": file}
+    if alone and disk in (DiskFormat.QCOW2, DiskFormat.VMDK):
+        node["backing"] = None  # whatever its header says
+    with contextlib.ExitStack() as cleanup:
+        directory = Path(cleanup.enter_context(tempfile.TemporaryDirectory(prefix="vmthunder-")))
+        mountpoint = directory / "disk"
+        mountpoint.touch()
+        unmounted = mountpoint.stat()
+        complaints = cleanup.enter_context(tempfile.TemporaryFile())
+        command = [
+            # Should we be killed, the daemon unmounts and ends.
+            *("setpriv", "--pdeathsig", "TERM", "--"),
+            *("qemu-storage-daemon", "--blockdev", json.dumps(node), "--export"),
+            f"type=fuse,id=disk,node-name=disk,mountpoint={mountpoint},writable=off",
+        ]
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=complaints,
+            pass_fds=pass_fds,
+            start_new_session=True,  # Ctrl-C is for us to act on; the daemon must outlive our last read
+        )
+        cleanup.callback(_stop, process, mountpoint)
+        export = Export(mountpoint, process, label)
+        # The stat below asks the daemon itself once the mount is there; it fails when the daemon is killed.
+        watchdog = threading.Timer(START_TIMEOUT_S, export.abort)
+        watchdog.start()
+        try:
+            while process.poll() is None and _device(mountpoint) == unmounted.st_dev:
+                time.sleep(0.005)
+        finally:
+            watchdog.cancel()
+        if process.poll() is not None:
+            complaints.seek(0)
+            raise _no_export(complaints.read().decode(errors="replace"), disk, label)
+        yield export
+
+
+def _device(path: Path) -> int | None:
+    try:
+        return path.stat().st_dev
+    except OSError:
+        return None  # mounted, and the daemon is gone: the caller sees that it ended
+
+
+def _stop(process: subprocess.Popen[bytes], mountpoint: Path) -> None:
+    """End the daemon, kindly if it listens, and leave no mount."""
+    process.terminate()
+    try:
+        process.wait(timeout=STOP_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    if any(line.split(" ")[4] == str(mountpoint) for line in Path("/proc/self/mountinfo").read_text().splitlines()):
+        unmount = ["umount", "--lazy"] if os.geteuid() == 0 else ["fusermount3", "-u", "-z"]
+        subprocess.run([*unmount, str(mountpoint)], stderr=subprocess.DEVNULL, check=False)
+
+
+def _no_export(stderr: str, disk: DiskFormat, label: str) -> VMThunderError:
+    if "setpriv: failed to execute" in stderr:
+        return MissingTool(
+            f"qemu-storage-daemon is needed to read {label}; install it (apt install qemu-system-common), "
+            "or convert the image with qemu-img convert -O raw"
+        )
+    if "/dev/fuse" in stderr or "fuse: device not found" in stderr or "Failed to mount FUSE" in stderr:
+        return MissingTool(f"{label} cannot be shown through FUSE; load the module fuse and allow /dev/fuse")
+    if "Invalid parameter 'fuse'" in stderr or "does not accept value 'fuse'" in stderr:
+        return MissingTool("this qemu-storage-daemon has no FUSE; convert the image with qemu-img convert -O raw")
+    return explain(stderr.replace("qemu-storage-daemon: ", "", 1), disk, label)
+
+
+def _ending(status: int) -> str:
+    return f"signal {-status}" if status < 0 else f"exit {status}"
