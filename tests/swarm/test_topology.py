@@ -162,7 +162,9 @@ def test_a_leave_moves_about_one_fan_out(topology: Topology, data: st.DataObject
 
 
 @given(topologies(), st.data())
-def test_a_leave_that_leaves_its_rack_standing_moves_about_two_fan_outs(topology: Topology, data: st.DataObject) -> None:
+def test_a_leave_that_leaves_its_rack_standing_moves_about_two_fan_outs(
+    topology: Topology, data: st.DataObject
+) -> None:
     before = all_parents(topology)
     leaver = data.draw(st.sampled_from(members(topology)))
     standing = len(list(topology.racks()))

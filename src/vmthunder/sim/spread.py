@@ -26,7 +26,7 @@ class Spread(NamedTuple):
 
 
 def bound_chunk_times(nodes: int, chunks: int) -> float:
-    """The least time in which `nodes` can all have `chunks` chunks: (F/u)(1 + ⌊log2 N⌋/M), Mundinger, Weber and Weiss."""
+    """The least time in which all can have everything: (F/u)(1 + ⌊log2 N⌋/M), Mundinger, Weber and Weiss, 2008."""
     return chunks + nodes.bit_length() - 1
 
 
@@ -42,8 +42,8 @@ def spread(
 ) -> Spread:
     """Let `nodes` nodes read `chunks` chunks, each with `window` requests under way.
 
-    `latency` is one way, in chunk times (0.1 is half a millisecond at 100 Mbit/s and 64 KiB). A node that has more than
-    `busy_after` chunks waiting for its uplink sends who asks for another one to a child that it has given that chunk to.
+    `latency` is one way, in chunk times (0.1 is half a millisecond at 100 Mbit/s and 64 KiB). A node with more than
+    `busy_after` chunks in line for its uplink answers "busy", and names a child that it gives the same chunk to.
     """
     ids = [NodeId(node.to_bytes(NODE_ID_BYTES, "big")) for node in range(nodes)]
     topology = Topology(((node, "") for node in ids), stripes=stripes, fanout=fanout)
@@ -122,7 +122,7 @@ class _Run:
         heapq.heappush(self.events, (now + 1, 1, node, chunk, child))
         heapq.heappush(self.events, (arrived, 2, child, chunk, node))
 
-    def on_sent(self, now: float, node: int, chunk: int, child: int) -> None:
+    def on_sent(self, now: float, node: int, _chunk: int, _child: int) -> None:
         self.sending[node] = False
         if self.uplink[node]:
             self.send(node, now)

@@ -1,8 +1,8 @@
 """Who takes which stripe from whom: interior-disjoint trees as a pure function of the members' seats. [pure]
 
-Every image chunk belongs to one of S stripes, and every stripe has a tree of its own over the swarm. In each tree another
-set of members forwards and all others are leaves (SplitStream, Castro et al., SOSP 2003), so that every member forwards
-about as much as it receives. docs/swarm.md has the picture and the proofs.
+Every chunk belongs to one of S stripes, and every stripe has a tree of its own over the swarm. In each tree another set
+of members forwards and all others are leaves (SplitStream, Castro et al., SOSP 2003), so that every member forwards about
+as much as it receives. docs/swarm.md has the picture and the proofs.
 
 Seats. Members sit in rows of S, in the order in which they came. The member in column c *forwards* stripe c:
 
@@ -10,18 +10,18 @@ Seats. Members sit in rows of S, in the order in which they came. The member in 
     row 1    seats S … 2S-1
 
     a forwarder of the stripe    takes it from the stripe's forwarder in the row above its own in the heap;
-    everybody else               takes it from the nearest earlier seat that forwards it, always one of the S-1 seats before;
-    a founder (one of the first  S members) came before some stripes had a forwarder: see `_above`.
+    everybody else               takes it from the nearest earlier seat that forwards it, one of the S-1 seats before;
+    a founder (of row 0)         came before some stripes had a forwarder: see `_above`.
 
-A forwarder therefore has at most S-1 leaves, d forwarders and one founder below it. With `fanout` = S-1+d, what a member
-sends is at most fanout/S of what it receives (and one founder); S = 1 with fanout 2 is the binary heap of 2014.
+A forwarder therefore has at most S-1 leaves, d forwarders and one founder below it. With `fanout` = S-1+d, what a
+member sends is fanout/S of what it receives (and one founder); S = 1 with fanout 2 is the binary heap of 2014.
 
 Racks apply the same function twice: racks sit in rows of racks, members in rows within their rack. For each stripe one
-member of a rack, its *gateway*, takes the stripe from outside; the sending rack spreads its links to other racks over its
-seats. So one copy of the image enters a rack, through all of its members together.
+member of a rack, its *gateway*, takes the stripe from outside; the sending rack spreads its links to other racks over
+its seats. So one copy of the image enters a rack, through all of its members together.
 
-Joins append; a leave moves the last member of the rack into the free seat. All views that saw the same joins and leaves in
-the same order are equal. No I/O, no clock, no threads.
+Joins append; a leave moves the last member of the rack into the free seat. All views that saw the same joins and leaves
+in the same order are equal. No I/O, no clock, no threads.
 """
 
 from collections.abc import Iterable, Iterator
@@ -138,9 +138,9 @@ class Topology:
     def ancestors(self, member: NodeId, stripe: int) -> list[NodeId]:
         """Whom to ask for a chunk of a stripe, in this order; after the last of them, the origin.
 
-        The stripe's parent, its parent, and so on. The last one before each way out of a rack is the gateway's *deputy*:
-        when a gateway is dead, its children turn to one of them instead of all to the outside. The deputy takes the stripe
-        from the gateway itself, so nobody can be sent round in a circle.
+        The stripe's parent, its parent, and so on. The last one before each way out of a rack is the gateway's
+        *deputy*: when a gateway is dead, its children turn to one of them instead of all to the outside. The deputy
+        takes the stripe from the gateway itself, so nobody can be sent round in a circle.
         """
         seat = self._seats[member]
         chain: list[NodeId] = []
@@ -178,7 +178,7 @@ class Topology:
         """The seat that sends `stripe` to seat `place` of `count`; None if it comes from outside."""
         stripes = self.stripes
         if count < stripes:
-            # Too few for a forwarder per stripe (then no trees are interior-disjoint): each takes its share of the stripes.
+            # Too few for a forwarder per stripe, and for interior-disjoint trees: each forwards its share of the stripes.
             root = stripe % count
             return None if place == root else root
         row, column = divmod(place, stripes)
@@ -186,7 +186,7 @@ class Topology:
             return stripe + stripes * ((row - 1) // self._below) if row else None
         if place > stripe:
             return place - (place - stripe) % stripes
-        # A founder that sat here before the stripe had a forwarder. If they all stayed with the first forwarder it would
-        # send twice its share, so each is handed down to a row of its own as rows appear.
+        # A founder that sat here before the stripe had a forwarder. If they all stayed with the first forwarder it
+        # would send twice its share, so each is handed down to a row of its own as rows appear.
         last_row = (count - 1 - stripe) // stripes
         return stripe + stripes * min(place + 1, last_row)
