@@ -1,7 +1,7 @@
 """Who takes which stripe from whom: interior-disjoint trees as a pure function of the members' seats. [pure]
 
 Every chunk belongs to one of S stripes, and every stripe has a tree of its own over the swarm. In each tree another set
-of members forwards and all others are leaves (SplitStream, Castro et al., SOSP 2003), so that every member forwards about
+of members forwards, all others are leaves (SplitStream, Castro et al., SOSP 2003), so that every member forwards about
 as much as it receives. docs/swarm.md has the picture and the proofs.
 
 Seats. Members sit in rows of S, in the order in which they came. The member in column c *forwards* stripe c:
@@ -178,7 +178,7 @@ class Topology:
         """The seat that sends `stripe` to seat `place` of `count`; None if it comes from outside."""
         stripes = self.stripes
         if count < stripes:
-            # Too few for a forwarder per stripe, and for interior-disjoint trees: each forwards its share of the stripes.
+            # Too few for a forwarder per stripe, and for interior-disjoint trees: each forwards its share.
             root = stripe % count
             return None if place == root else root
         row, column = divmod(place, stripes)
