@@ -42,6 +42,7 @@ log = logging.getLogger(__name__)
 HANDSHAKE_S: Final = 5.0
 SILENCE_S: Final = 10.0
 """A peer that has sent nothing for so long, not even a PONG, is taken for dead."""
+_GOODBYE_S: Final = 2.0
 _SEND_BUFFER_BYTES: Final = 256 << 10
 """Of the kernel: what a demand read's answer cannot overtake any more. Enough for 10 Gbit/s at 0.2 ms."""
 _WRITE_BYTES: Final = 128 << 10
@@ -238,6 +239,8 @@ class Link(asyncio.BufferedProtocol):
         if self._transport is not None:
             self._write(last_words)
             self._transport.close()
+            # A peer that does not read any more must not keep the connection.
+            self._loop.call_later(_GOODBYE_S, self._transport.abort)
         for task in self._making.values():
             task.cancel()
         for todo, ready in zip(self._todo, self._ready, strict=True):
@@ -394,7 +397,9 @@ async def dial(
             _, link = await loop.create_connection(lambda: Link(Role.DIALER, key, node, answerer), host, port)
             await link.opened
     except (OSError, TimeoutError) as error:
-        raise LinkLost(f"cannot reach peer {host}:{port}: {error or f'no answer within {timeout_s:.0f} s'}") from error
+        raise LinkLost(
+            f"cannot reach peer {host}:{port}: {str(error) or f'no answer within {timeout_s:g} s'}"
+        ) from error
     finally:
         if link is not None and not link.opened.done():
             link.close()
