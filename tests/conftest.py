@@ -7,6 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# Machines that run these tests are shared: how long one example takes says nothing.
+settings.register_profile("no deadline", deadline=None)
+settings.load_profile("no deadline")
 
 VMTHUNDER = (sys.executable, "-m", "vmthunder")
 IN_CI = os.environ.get("CI") == "true"

@@ -69,9 +69,19 @@ async def impostor(
     behave: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]],
 ) -> AsyncIterator[int]:
     """A server that is no peer; yields its port."""
-    server = await asyncio.start_server(behave, "127.0.0.1", 0)
+    gone = asyncio.Event()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await behave(reader, writer)
+        writer.close()
+        await writer.wait_closed()
+        gone.set()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
     async with server:
         yield port(server)
+        async with asyncio.timeout(5):
+            await gone.wait()
 
 
 def port(server: asyncio.Server) -> int:
@@ -244,9 +254,8 @@ async def test_nobody_there_is_said_with_the_address() -> None:
 
 
 async def test_one_that_accepts_and_never_answers_is_given_up() -> None:
-    async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def silent(reader: asyncio.StreamReader, _: asyncio.StreamWriter) -> None:
         await reader.read()
-        writer.close()
 
     async with impostor(silent) as number:
         with pytest.raises(LinkLost, match="no answer within"):
@@ -257,7 +266,6 @@ async def test_one_that_sends_garbage_is_no_peer() -> None:
     async def garbage(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(b"SSH-2.0-OpenSSH_9.2p1 Debian-2\r\n")
         await writer.drain()
-        writer.close()
 
     async with impostor(garbage) as number:
         with pytest.raises(RemoteProtocolError):
@@ -265,8 +273,8 @@ async def test_one_that_sends_garbage_is_no_peer() -> None:
 
 
 async def test_one_that_hangs_up_in_the_handshake_is_lost() -> None:
-    async def rude(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        writer.close()
+    async def rude(_reader: asyncio.StreamReader, _writer: asyncio.StreamWriter) -> None:
+        pass
 
     async with impostor(rude) as number:
         with pytest.raises(LinkLost):

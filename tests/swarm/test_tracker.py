@@ -1,0 +1,299 @@
+"""The tracker's state machine: events and a clock in, answers out."""
+
+import time
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from vmthunder.ids import ImageId, NodeId
+from vmthunder.swarm import tracker as tracker_module
+from vmthunder.swarm.tracker import GRACE_S, LEASE_S, SETTLE_S, Tracker
+from vmthunder.swarm.view import Delta, Join, Joined, Leave, Left, Member, Poll, Roster, Snapshot, Version
+
+SWARM, OTHER = ImageId(b"s" * 32), ImageId(b"o" * 32)
+
+
+def node(number: int) -> NodeId:
+    return NodeId(number.to_bytes(16, "big"))
+
+
+def member(number: int, rack: str = "", port: int = 7000) -> Member:
+    return Member(node(number), rack, f"10.0.0.{number % 250}", port)
+
+
+def join(number: int, swarm: ImageId = SWARM, view: Snapshot | None = None) -> Join:
+    return Join(swarm, member(number), view)
+
+
+def poll(number: int, version: Version, swarm: ImageId = SWARM) -> Poll:
+    return Poll(node(number), {swarm: version})
+
+
+def test_who_joins_is_seated_and_told_everything_at_once() -> None:
+    tracker = Tracker(1)
+    tracker.join(join(1), 0)
+    assert tracker.join(join(2), 0).members == (member(1), member(2))
+
+
+def test_160_nodes_that_join_in_one_second_all_have_parents_in_it() -> None:
+    tracker = Tracker(1)
+    rosters = {}
+    for number in range(160):
+        now = number / 160
+        rosters[number] = Roster()
+        rosters[number].update(tracker.join(join(number), now))
+        assert tracker.poll(poll(number, rosters[number].version), number, now) is None
+        for wake in tracker.tick(now):
+            update(rosters, wake, tracker, now)
+    now = 1 + SETTLE_S
+    told = tracker.tick(now)
+    for wake in told:
+        update(rosters, wake, tracker, now)
+    views = [roster.snapshot() for roster in rosters.values()]
+    assert len(views[0].members) == 160
+    assert all(view == views[0] for view in views)
+
+
+def update(rosters: dict[int, Roster], wake: tracker_module.Wake, tracker: Tracker, now: float) -> None:
+    """What a node does when its poll is answered: follow, and poll again."""
+    ((_, change),) = wake.updates
+    assert change is not None
+    roster = rosters[wake.waiter]
+    assert roster.update(change)
+    assert tracker.poll(poll(wake.waiter, roster.version), wake.waiter, now) is None
+
+
+def test_changes_of_one_moment_are_told_together() -> None:
+    tracker = Tracker(1)
+    version = tracker.join(join(0), 0).version
+    tracker.tick(SETTLE_S)
+    assert tracker.poll(poll(0, version), 7, 1) is None
+    for number in range(1, 50):
+        tracker.join(join(number), 1 + number / 1000)
+        assert tracker.tick(1 + number / 1000) == []
+    assert tracker.due() == pytest.approx(1.001 + SETTLE_S)
+    (wake,) = tracker.tick(1.001 + SETTLE_S)
+    assert wake.waiter == 7
+    ((_, delta),) = wake.updates
+    assert isinstance(delta, Delta)
+    assert delta.since == version.epoch
+    assert delta.changes == tuple(Joined(member(number)) for number in range(1, 50))
+
+
+def test_a_poll_that_knows_less_is_answered_at_once() -> None:
+    tracker = Tracker(1)
+    version = tracker.join(join(1), 0).version
+    tracker.join(join(2), 0)
+    tracker.tick(1)
+    answer = tracker.poll(poll(1, version), 7, 1)
+    assert answer is not None
+    assert isinstance(answer[0][1], Delta)
+
+
+def test_who_knows_too_little_gets_a_snapshot(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracker_module, "MAX_CHANGES", 5)
+    tracker = Tracker(1)
+    version = tracker.join(join(0), 0).version
+    for number in range(1, 6):
+        tracker.join(join(number), 0)
+    tracker.tick(1)
+    before = tracker.poll(poll(0, version), 7, 1)
+    assert before is not None
+    assert isinstance(before[0][1], Delta)
+    tracker.join(join(6), 1)
+    tracker.tick(2)
+    after = tracker.poll(poll(0, version), 7, 2)
+    assert after is not None
+    assert isinstance(after[0][1], Snapshot)
+
+
+def test_a_node_that_is_silent_for_a_lease_is_gone_and_the_others_hear_it() -> None:
+    tracker = Tracker(1)
+    tracker.join(join(1), 0)
+    version = tracker.join(join(2), 0).version
+    tracker.tick(1)
+    assert tracker.poll(poll(2, version), 7, LEASE_S - 1) is None
+    assert tracker.tick(LEASE_S - 0.1) == []
+    tracker.tick(LEASE_S)
+    (wake,) = tracker.tick(LEASE_S + SETTLE_S)
+    ((_, delta),) = wake.updates
+    assert isinstance(delta, Delta)
+    assert delta.changes == (Left(node(1)),)
+
+
+def test_a_node_whose_poll_breaks_off_has_a_moment_to_come_back() -> None:
+    for comes_back in (True, False):
+        tracker = Tracker(1)
+        version = tracker.join(join(1), 0).version
+        tracker.poll(poll(1, version), 7, 0)
+        tracker.hung_up(7, 1)
+        tracker.tick(1 + GRACE_S / 2)
+        if comes_back:
+            tracker.poll(poll(1, version), 8, 1 + GRACE_S / 2)
+        tracker.tick(1 + GRACE_S)
+        assert (SWARM in tracker.swarms()) is comes_back
+
+
+def test_a_poll_that_was_given_up_in_good_order_shortens_no_lease() -> None:
+    tracker = Tracker(1)
+    version = tracker.join(join(1), 0).version
+    tracker.poll(poll(1, version), 7, 0)
+    tracker.forget(7)
+    tracker.hung_up(7, 1)
+    tracker.tick(LEASE_S - 1)
+    assert SWARM in tracker.swarms()
+
+
+def test_a_newer_poll_of_a_node_releases_the_older_one() -> None:
+    tracker = Tracker(1)
+    version = tracker.join(join(1), 0).version
+    tracker.poll(poll(1, version), 7, 0)
+    tracker.poll(poll(1, version), 8, 0)
+    due = tracker.due()
+    assert due is not None
+    assert due < 0
+    assert tracker.tick(0) == [(7, [])]
+    assert tracker.tick(SETTLE_S) == []  # its own coming is no news to it
+
+
+def test_one_poll_covers_all_swarms_of_a_node() -> None:
+    tracker = Tracker(1)
+    versions = {swarm: tracker.join(join(1, swarm), 0).version for swarm in (SWARM, OTHER)}
+    tracker.tick(1)
+    assert tracker.poll(Poll(node(1), versions), 7, 1) is None
+    tracker.join(join(2, OTHER), 1)
+    (wake,) = tracker.tick(2)
+    assert [swarm for swarm, _ in wake.updates] == [OTHER]
+
+
+def test_who_leaves_is_gone_and_the_last_one_takes_the_swarm_along() -> None:
+    tracker = Tracker(1)
+    tracker.join(join(1), 0)
+    tracker.join(join(2), 0)
+    tracker.leave(Leave(SWARM, node(1)), 1)
+    assert tracker.swarms() == {SWARM: [("", [node(2)])]}
+    tracker.leave(Leave(SWARM, node(2)), 1)
+    tracker.leave(Leave(SWARM, node(2)), 1)
+    assert tracker.swarms() == {}
+    tracker.tick(100)
+    assert tracker.due() is None
+
+
+def test_a_swarm_that_begins_again_is_not_taken_for_the_old_one() -> None:
+    tracker = Tracker(1)
+    old = tracker.join(join(1), 0).version
+    tracker.leave(Leave(SWARM, node(1)), 0)
+    tracker.join(join(2), 0)
+    tracker.join(join(1), 0)
+    tracker.tick(1)
+    answer = tracker.poll(poll(1, old), 7, 1)
+    assert answer is not None
+    assert isinstance(answer[0][1], Snapshot)
+
+
+def test_after_a_restart_everybody_keeps_their_seat() -> None:
+    before = Tracker(1)
+    for number in range(40):
+        before.join(Join(SWARM, member(number, rack=str(number % 3)), None), 0)
+    view = before.join(Join(SWARM, member(0, rack="0"), None), 0)
+
+    after = Tracker(2)
+    assert after.poll(poll(5, view.version), 7, 0) == [(SWARM, None)]
+    assert after.join(Join(SWARM, member(5, rack="2"), view), 0).members == view.members
+    # Those that it never heard of itself are members until their lease is over; who polls need not announce itself.
+    answer = after.poll(poll(6, view.version), 8, 1)
+    assert answer is not None
+    assert isinstance(answer[0][1], Snapshot)
+    after.tick(LEASE_S)
+    assert sorted(node for _, rack in after.swarms()[SWARM] for node in rack) == [node(6)]
+
+
+def test_a_node_that_comes_back_at_another_address_keeps_its_seat() -> None:
+    tracker = Tracker(1)
+    for number in range(3):
+        tracker.join(join(number), 0)
+    moved = member(1, port=7001)
+    assert tracker.join(Join(SWARM, moved, None), 1).members == (member(0), moved, member(2))
+
+
+def test_a_thousand_idle_nodes_cost_next_to_nothing() -> None:
+    tracker = Tracker(1)
+    for number in range(1000):
+        tracker.join(join(number), 0)
+    version = tracker.join(join(0), 0).version
+    tracker.tick(1)
+    began = time.process_time()
+    for now in range(1, 61):
+        for number in range(now % 20, 1000, 20):  # each polls every 20 s
+            tracker.forget(number)
+            assert tracker.poll(poll(number, version), number, now) is None
+        assert tracker.tick(now) == []
+    assert time.process_time() - began < 6  # a tenth of a core
+
+
+class Replicas(RuleBasedStateMachine):
+    """Nodes that join, leave, poll, die and lose the tracker: whoever polls has the tracker's view."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 0.0
+        self.rosters: dict[int, Roster] = {}
+
+    @initialize()
+    def start(self) -> None:
+        self.term = 1
+        self.tracker = Tracker(1, stripes=2, fanout=3)
+
+    @rule(number=st.integers(0, 9), rack=st.sampled_from("ab"))
+    def join(self, number: int, rack: str) -> None:
+        known = self.rosters.setdefault(number, Roster(2, 3))
+        view = known.snapshot() if known.members else None
+        assert known.update(self.tracker.join(Join(SWARM, member(number, rack), view), self.now))
+        assert node(number) in known.members
+
+    @rule(number=st.integers(0, 9))
+    def leave(self, number: int) -> None:
+        self.tracker.leave(Leave(SWARM, node(number)), self.now)
+        self.rosters.pop(number, None)
+
+    @rule(number=st.integers(0, 9))
+    def poll(self, number: int) -> None:
+        if number in self.rosters:
+            self.hear(number, self.tracker.poll(poll(number, self.rosters[number].version), number, self.now))
+
+    def hear(self, number: int, updates: list[tuple[ImageId, tracker_module.Update | None]] | None) -> None:
+        for _, update in updates or ():
+            if update is None:
+                self.join(number, "a")
+            elif number in self.rosters:
+                assert self.rosters[number].update(update)
+
+    @rule(seconds=st.sampled_from([0.01, SETTLE_S, 1.0, 20.0, LEASE_S]))
+    def wait(self, seconds: float) -> None:
+        self.now += seconds
+        for wake in self.tracker.tick(self.now):
+            self.hear(wake.waiter, wake.updates)
+
+    @rule(number=st.integers(0, 9))
+    def hang_up(self, number: int) -> None:
+        self.tracker.hung_up(number, self.now)
+
+    @rule()
+    def restart(self) -> None:
+        self.term += 1
+        self.tracker = Tracker(self.term, stripes=2, fanout=3)
+
+    @invariant()
+    def who_knows_the_version_knows_the_view(self) -> None:
+        seats = self.tracker.swarms().get(SWARM, [])
+        for roster in self.rosters.values():
+            if roster.version.term == self.term and seats:
+                newest = self.tracker._swarms[SWARM].roster.version
+                if roster.version == newest:
+                    assert list(roster.topology.racks()) == seats
+
+
+TestReplicas = Replicas.TestCase
+TestReplicas.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
