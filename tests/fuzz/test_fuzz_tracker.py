@@ -53,8 +53,9 @@ DELTAS = st.builds(
 )
 JOINS = st.builds(Join, IMAGES, MEMBERS, st.none() | SNAPSHOTS)
 POLLS = st.builds(Poll, NODES, st.dictionaries(IMAGES, VERSIONS, max_size=3))
+IDS = ["00" * 16, "11" * 32]
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=70) | st.sampled_from(["00" * 16, "11" * 32]),
+    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=70), st.sampled_from(IDS)),
     lambda inner: st.lists(inner, max_size=5)
     | st.dictionaries(
         st.sampled_from(

@@ -1,9 +1,9 @@
 """Views of a swarm: what the tracker tells and every member keeps. [pure]
 
 A view is named by the tracker's *term* (a random number of each run of it) and the *epoch* (its counter of changes).
-It goes over the network as JSON, whole (`Snapshot`) or as the changes since an earlier one (`Delta`). Replicas that were
-told the same have equal topologies. What comes from outside goes through `decode_…`, which says what is wrong with it or
-returns values that can be relied on.
+It goes over the network as JSON, whole (`Snapshot`) or as the changes since an earlier one (`Delta`). Replicas that
+were told the same have equal topologies. What comes from outside goes through `decode_…`, which says what is wrong with
+it or returns values that can be relied on.
 """
 
 import json

@@ -1,0 +1,163 @@
+"""Which source is asked next for a chunk, and when a second one is asked beside it. [pure]
+
+Owns what this node has learned about its sources: how long they take, which are to be left alone for a while, which are
+never to be asked again. Time is an argument (any clock that does not go back, in seconds). Knows nothing of links. No
+threads; one owner.
+
+A source is a node id, or None for the origin: always the last resort, never banned and never left alone.
+"""
+
+from bisect import bisect_left, insort
+from collections import deque
+from collections.abc import Collection, Iterable, Sequence
+from itertools import chain
+from typing import Final, TypeAlias
+
+from vmthunder.ids import NodeId
+
+Source: TypeAlias = NodeId | None
+
+WINDOW: Final = 64
+"""Answers of a source that are remembered."""
+ENOUGH: Final = 8
+"""Answers that must be known before they count."""
+HEDGE_SHARE: Final = 0.05
+"""Of the bytes that were delivered, so many may be asked for a second time."""
+HEDGE_BURST_BYTES: Final = 512 << 10
+"""Saved up at most, and there from the start: 8 chunks of 64 KiB."""
+HEDGE_LEAST_S: Final = 0.02
+"""Less is the noise of a busy machine."""
+HEDGE_UNKNOWN_S: Final = 0.5
+"""Until something is known of any source."""
+SLOW_FACTOR: Final = 5.0
+"""A source whose median is so many times that of all is slow."""
+COOL_S: Final = 1.0
+"""How long a source is left alone at first; twice as long each time, up to COOL_MOST_S."""
+COOL_MOST_S: Final = 60.0
+BUSY_MOST_S: Final = 5.0
+"""A source cannot send us away for longer."""
+
+
+class _Latencies:
+    """The last WINDOW latencies, in order of time and of size."""
+
+    __slots__ = ("_by_size", "_by_time")
+
+    def __init__(self) -> None:
+        self._by_time: deque[float] = deque()
+        self._by_size: list[float] = []
+
+    def __len__(self) -> int:
+        return len(self._by_size)
+
+    def add(self, latency_s: float) -> None:
+        if len(self._by_time) == WINDOW:
+            del self._by_size[bisect_left(self._by_size, self._by_time.popleft())]
+        self._by_time.append(latency_s)
+        insort(self._by_size, latency_s)
+
+    def quantile(self, share: float) -> float:
+        return self._by_size[min(len(self._by_size) - 1, int(share * len(self._by_size)))]
+
+
+class _Record:
+    __slots__ = ("alone_until", "latencies", "strikes")
+
+    def __init__(self) -> None:
+        self.latencies = _Latencies()
+        self.alone_until = -float("inf")
+        self.strikes = 0  # times in a row that it was left alone
+
+
+class Ranking:
+    """What is known about the sources of one swarm."""
+
+    def __init__(self) -> None:
+        self._records: dict[Source, _Record] = {}
+        self._all = _Latencies()
+        self._banned: set[NodeId] = set()
+        self._hedge_bytes = float(HEDGE_BURST_BYTES)
+
+    @property
+    def banned(self) -> frozenset[NodeId]:
+        """Sources that sent a wrong byte; to be reported."""
+        return frozenset(self._banned)
+
+    def usable(self, source: Source, now: float) -> bool:
+        """Whether a source may be asked: neither banned nor to be left alone."""
+        if source is None:
+            return True
+        record = self._records.get(source)
+        return source not in self._banned and (record is None or record.alone_until <= now)
+
+    def rank(self, ancestors: Sequence[NodeId], holders: Iterable[NodeId], now: float) -> list[Source]:
+        """Whom to ask, in this order: ancestors from the parent up, other nodes known to hold the chunk, the origin."""
+        found: dict[Source, None] = {}
+        for source in chain(ancestors, holders, (None,)):
+            if self.usable(source, now):
+                found[source] = None
+        return list(found)
+
+    def hedge_after_s(self, source: Source) -> float:
+        """How long to wait for a source before a second one is asked: its own p95, or what is slow for all."""
+        record = self._records.get(source)
+        waits = []
+        if record is not None and len(record.latencies) >= ENOUGH:
+            waits.append(record.latencies.quantile(0.95))
+        if len(self._all) >= ENOUGH:
+            waits.append(SLOW_FACTOR * self._all.quantile(0.5))
+        return max(HEDGE_LEAST_S, min(waits, default=HEDGE_UNKNOWN_S))
+
+    def may_hedge(self, size_bytes: int) -> bool:
+        """Whether so many bytes may be asked for a second time; if so they are taken from what is allowed."""
+        if self._hedge_bytes < size_bytes:
+            return False
+        self._hedge_bytes -= size_bytes
+        return True
+
+    def delivered(self, source: Source, size_bytes: int, latency_s: float, now: float) -> None:
+        """A source sent a good chunk. One that is slow is left alone for a while."""
+        self._hedge_bytes = min(HEDGE_BURST_BYTES, self._hedge_bytes + HEDGE_SHARE * size_bytes)
+        record = self._record(source)
+        record.latencies.add(latency_s)
+        self._all.add(latency_s)
+        if len(record.latencies) < ENOUGH:
+            return
+        if source is not None and record.latencies.quantile(0.5) > SLOW_FACTOR * self._all.quantile(0.5):
+            self._leave_alone(record, now)
+        else:
+            record.strikes = 0
+
+    def failed(self, source: Source, now: float) -> None:
+        """A source was lost, or silent for too long."""
+        if source is not None:
+            self._leave_alone(self._record(source), now)
+
+    def busy(self, source: Source, retry_after_s: float, now: float) -> None:
+        """A source has too much to do, and said until when."""
+        if source is not None:
+            record = self._record(source)
+            record.alone_until = max(record.alone_until, now + min(retry_after_s, BUSY_MOST_S))
+
+    def lied(self, source: NodeId) -> None:
+        """A source sent a wrong byte: it is never asked again."""
+        self._banned.add(source)
+        self._records.pop(source, None)
+
+    def retain(self, members: Collection[NodeId]) -> None:
+        """Forget sources that are no longer in the swarm; who lied stays banned."""
+        for source in [source for source in self._records if source is not None and source not in members]:
+            del self._records[source]
+
+    def _record(self, source: Source) -> _Record:
+        record = self._records.get(source)
+        if record is None:
+            record = self._records[source] = _Record()
+        return record
+
+    def _leave_alone(self, record: _Record, now: float) -> None:
+        if record.alone_until > now:
+            return  # answers that were under way when it was left alone are no new strikes
+        record.alone_until = now + min(COOL_MOST_S, COOL_S * 2.0**record.strikes)
+        record.strikes = min(record.strikes + 1, 30)
+        record.latencies = _Latencies()  # it is judged afresh when it is asked again
