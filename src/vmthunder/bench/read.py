@@ -17,9 +17,9 @@ from vmthunder.bench.machine import facts
 from vmthunder.bench.namespaces import isolate
 from vmthunder.bench.node import Node, compute_node, image_server, publish
 from vmthunder.bench.processes import cpu_s, running
+from vmthunder.bench.publish import realistic_disk
 from vmthunder.bench.reader import RANDOM_BYTES, PageCache, random_reads, require_reader, sequential_read, warm
 from vmthunder.bench.rows import Figures, Round, medians, ratio, rotated, rounded
-from vmthunder.bench.sample import write_sample
 from vmthunder.errors import Failure, Usage
 
 LOCAL: Final = "local file"
@@ -66,7 +66,7 @@ def bench_read(size_bytes: int, rounds: int, directory: Path | None, say: Say) -
     Needs about four times `size_bytes` of disk in `directory` and as much memory for page cache.
 
     Raises:
-        Usage, NotPermitted (not root), MissingTool (no fio), Failure.
+        Usage, NotPermitted (not root), MissingTool (no fio), NotFound (/usr holds less), Failure.
     """
     if rounds < 1 or size_bytes < MIN_SIZE_BYTES:
         raise Usage("at least one round and an image of at least 16 MiB are needed")
@@ -88,8 +88,8 @@ def _ways(work: Path, size_bytes: int, stack: ExitStack, say: Say) -> dict[str, 
     """Start all that is measured; `stack` ends it."""
     raw = work / "disk.raw"
     origin = work / "origin"
-    say(f"writing {size_bytes >> 20} MiB of sample data")
-    write_sample(raw, size_bytes)
+    say(f"writing {size_bytes >> 20} MiB of data")
+    realistic_disk(raw, size_bytes)
     say("publishing it")
     publish(raw, _IMAGE, origin)
     url, server = stack.enter_context(image_server(origin))
