@@ -9,6 +9,7 @@ MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_RDONLY = 2, 4, 8, 1
 MNT_FORCE, MNT_DETACH = 1, 2
 MCL_CURRENT, MCL_FUTURE, MCL_ONFAULT = 1, 2, 4
 _PR_SET_THP_DISABLE = 41
+_CLONE_FILES = 0x400
 
 
 def _check(result: int, path: str | None = None) -> None:
@@ -36,3 +37,8 @@ def mlockall(flags: int) -> None:
 def disable_huge_pages() -> None:
     """Keep this process free of transparent huge pages. Raises OSError."""
     _check(_libc.prctl(_PR_SET_THP_DISABLE, ctypes.c_ulong(1), *[ctypes.c_ulong(0)] * 3))
+
+
+def unshare_files() -> None:
+    """Give this thread a descriptor table of its own, with a copy of each descriptor. Raises OSError."""
+    _check(_libc.unshare(_CLONE_FILES))

@@ -17,11 +17,12 @@ def spawn_keeper(
     log: Path | None,
     ready_timeout_s: float,
     environ: Mapping[str, str] = os.environ,
+    pass_fds: Sequence[int] = (),
 ) -> subprocess.Popen[bytes]:
     """Start keeper and worker; return as soon as the worker answers requests.
 
     With a `log` they are a session of their own and append to that file; without, they stay in ours, write to our
-    standard error, and end with our terminal (Ctrl-C reaches the worker).
+    standard error, and end with our terminal (Ctrl-C reaches the worker). They inherit `pass_fds`.
 
     Raises:
         Failure: the first worker could not start. Its line is the last one of the log, its exit code the worker's.
@@ -35,7 +36,7 @@ def spawn_keeper(
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
-            pass_fds=(keeper_ready_fd,),
+            pass_fds=(keeper_ready_fd, *pass_fds),
             env=dict(environ),
             start_new_session=log is not None,
         )
