@@ -26,6 +26,8 @@ COMMANDS: Mapping[str, str] = {
     "ps": "vmthunder.cli.vm:ps",
     "console": "vmthunder.cli.vm:console",
     "destroy": "vmthunder.cli.vm:destroy",
+    "lab": "vmthunder.cli.lab:lab",
+    "trace": "vmthunder.cli.trace:trace",
     "bench": "vmthunder.cli.bench:bench",
 }
 """Where each command lives, in the order of the help page: `status` must not pay for a benchmark's imports."""

@@ -13,8 +13,8 @@ class BackingImage:
 
     name: str
     image_id: str
-    path: Path
-    """Of one image id: its bytes stay the same when the name is published again."""
+    path: Path | str
+    """Or the URI of an NBD export. Of one image id: its bytes stay the same when the name is published again."""
     virtual_bytes: int
 
     @classmethod

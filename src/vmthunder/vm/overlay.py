@@ -18,8 +18,8 @@ def overlay_bytes(image_bytes: int, disk_bytes: int | None) -> int:
     return -(-disk_bytes // SECTOR_BYTES) * SECTOR_BYTES
 
 
-def create_overlay(overlay: Path, image: Path, size_bytes: int) -> None:
-    """Make a qcow2 file whose backing file is the raw file `image`.
+def create_overlay(overlay: Path, image: Path | str, size_bytes: int) -> None:
+    """Make a qcow2 file whose backing file is the raw file (or NBD export) `image`.
 
     Nothing of the image is read: its size and format are given (`-u`), so this does not wait for an origin either.
 
