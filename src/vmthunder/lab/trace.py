@@ -78,8 +78,9 @@ def plan(reads: Sequence[Read]) -> list[Step]:
     by_completion = sorted(range(len(reads)), key=lambda number: reads[number].completion_s)
     done = 0
     after = -1
-    for read in reads:
-        while done < len(reads) and reads[by_completion[done]].completion_s <= read.issue_s:
+    for number, read in enumerate(reads):
+        # A read that took no time at all must not wait for itself.
+        while by_completion[done] < number and reads[by_completion[done]].completion_s <= read.issue_s:
             after = by_completion[done]
             done += 1
         waited_for_s = reads[after].completion_s if after >= 0 else 0.0
