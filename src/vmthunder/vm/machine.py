@@ -34,6 +34,7 @@ AGENT_SOCKET = "agent.sock"
 SEED = "seed.iso"
 RECORD = "vm.json"
 
+_ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]{0,62}", re.ASCII)
 
 
@@ -197,7 +198,7 @@ def last_lines(path: Path, count: int = 8, limit_bytes: int = 4096) -> list[str]
             text = log.read().decode(errors="replace")
     except OSError:
         return []
-    lines = ("".join(c for c in line if c.isprintable()).strip() for line in text.splitlines())
+    lines = ("".join(c for c in _ANSI.sub("", line) if c.isprintable()).strip() for line in text.splitlines())
     return [line for line in lines if line][-count:]
 
 
