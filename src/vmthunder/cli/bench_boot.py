@@ -8,9 +8,10 @@ from rich.table import Table
 
 from vmthunder.bench.boot import bench_boot
 from vmthunder.bench.link import Rate
+from vmthunder.bench.plot import plot_boot, require_plot
 from vmthunder.cli.output import console, emit, json_option, progress_console, size_text
 from vmthunder.cli.sizes import BYTES
-from vmthunder.image.chunk import DEFAULT_CHUNK_BYTES, check_chunk_bytes
+from vmthunder.image.chunk import check_chunk_bytes
 
 
 @click.command()
@@ -31,8 +32,16 @@ from vmthunder.image.chunk import DEFAULT_CHUNK_BYTES, check_chunk_bytes
     help="Repeat to compare sizes.",
 )
 @click.option("--rounds", type=click.IntRange(min=1), default=5, help="Figures are medians over the rounds.")
+@click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="Also draw it: FILE.svg, .png or .pdf.")
 @json_option
-def boot(guest: Path | None, rates: tuple[str, ...], chunk_sizes: tuple[int, ...], rounds: int, as_json: bool) -> None:
+def boot(
+    guest: Path | None,
+    rates: tuple[str, ...],
+    chunk_sizes: tuple[int, ...],
+    rounds: int,
+    plot: Path | None,
+    as_json: bool,
+) -> None:
     """Boot one real guest from its disk, in every way.
 
     \b
@@ -44,8 +53,12 @@ def boot(guest: Path | None, rates: tuple[str, ...], chunk_sizes: tuple[int, ...
     Times are from the question which image it is to the guest's ready mark. Bytes read are what the guest asked of
     its disk, bytes fetched what came from the image server. Needs root.
     """
+    if plot:
+        require_plot()
     sizes = [check_chunk_bytes(size) for size in chunk_sizes]
     result = bench_boot(guest, [Rate.parse(rate) for rate in rates], sizes, rounds, progress_console.print)
+    if plot:
+        plot_boot(result, plot)
     emit(as_json, result, lambda: _show(result))
 
 
