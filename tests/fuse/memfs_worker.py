@@ -1,8 +1,14 @@
 """A worker with a file system in memory, for the tests of the keeper and the session. Runs as a process of its own.
 
-Its one argument is a directory with `files/` (what is shown) and room for the switches below. A file named `*.waits` does
-not answer reads until `DIRECTORY/open-gate` exists; `*.native` is opened through its backing file; the pages of `*.pushed` are
-pushed by a thread while a read of the same page is unanswered, and then read again from `DIRECTORY/open-gate` on.
+Its one argument is a directory: `files/` is what it shows, `trace` is where it writes what it does. The end of a file's
+name says how it is served:
+
+* `.direct`: past the page cache.
+* `.waits`: reads are answered as soon as `open-gate` is there.
+* `.native`: opened through its backing file.
+* `.pushed`: as `.waits`, and a thread pushes the page into the page cache while its read is not answered.
+
+SIGTERM is stop, SIGUSR1 handover, SIGUSR2 pushes the first 64 KiB of every file into the page cache.
 """
 
 import asyncio
@@ -12,7 +18,6 @@ import signal
 import stat
 import sys
 import threading
-import time
 from collections.abc import Awaitable, Sequence
 from pathlib import Path
 
@@ -62,6 +67,7 @@ class MemoryFiles:
         return Opened(0, direct_io=path.suffix == ".direct")
 
     def read(self, node: int, fh: int, offset: int, size_bytes: int) -> "Sequence[bytes] | Awaitable[Sequence[bytes]]":
+        self.trace.write(b"size %d\n" % size_bytes)
         answer = [self.contents[node][offset : offset + size_bytes]]
         suffix = self.paths[node - 2].suffix
         if suffix == ".waits":
@@ -72,8 +78,12 @@ class MemoryFiles:
 
     async def read_later(self, answer: list[bytes]) -> list[bytes]:
         self.trace.write(b"read waits\n")
-        while not self.gate.exists():
-            await asyncio.sleep(0.01)
+        try:
+            while not self.gate.exists():
+                await asyncio.sleep(0.01)
+        except asyncio.CancelledError:
+            self.trace.write(b"read cancelled\n")
+            raise
         self.trace.write(b"read answered\n")
         return answer
 
@@ -130,5 +140,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    started = time.monotonic()
     main()

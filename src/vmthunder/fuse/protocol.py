@@ -84,6 +84,7 @@ OUT_HEADER = struct.Struct("=IiQ")  # len error unique
 INIT_IN = struct.Struct("=IIIII44x")  # major minor max_readahead flags flags2 unused[11]
 INIT_IN_SHORT = struct.Struct("=IIII")  # before 7.36
 INIT_OUT = struct.Struct("=IIIIHHIIHHII24x")
+READ_REQUEST = struct.Struct("=IIQQ16xQQI20x")  # len opcode unique nodeid, and fh offset size of READ_IN
 READ_IN = struct.Struct("=QQIIQII")  # fh offset size read_flags lock_owner flags padding
 OPEN_IN = struct.Struct("=II")  # flags open_flags
 RELEASE_IN = struct.Struct("=QIIQ")  # fh flags release_flags lock_owner
@@ -252,11 +253,12 @@ def encode_init(
         flags >> 32,
         stack_depth,
     )
-    return encode_reply(unique, answer)
+    return encode_head(unique, len(answer)) + answer
 
 
-def encode_reply(unique: int, answer: bytes = b"") -> bytes:
-    return OUT_HEADER.pack(OUT_HEADER.size + len(answer), 0, unique) + answer
+def encode_head(unique: int, answer_bytes: int) -> bytes:
+    """The header of a successful reply; `answer_bytes` have to follow in the same write(2)."""
+    return OUT_HEADER.pack(OUT_HEADER.size + answer_bytes, 0, unique)
 
 
 def encode_error(unique: int, errno: int) -> bytes:

@@ -94,7 +94,6 @@ class Session:
             Opcode.BATCH_FORGET: self._batch_forget,
             Opcode.GETATTR: self._getattr,
             Opcode.OPEN: self._open,
-            Opcode.READ: self._read,
             Opcode.RELEASE: self._release,
             Opcode.OPENDIR: self._opendir,
             Opcode.READDIR: self._readdir,
@@ -168,41 +167,42 @@ class Session:
     # From here on: the loop's thread.
 
     def _on_readable(self) -> None:
-        fd, buffers, header, handlers = self._fd, [self._buffer], protocol.IN_HEADER, self._handlers
+        fd, buffers, unpack = self._fd, [self._buffer], protocol.READ_REQUEST.unpack_from
         for _ in range(_BATCH):
             try:
                 read_bytes = os.readv(fd, buffers)
             except BlockingIOError:
                 return
             except OSError as error:
-                if error.errno in _GONE:
-                    self._lost(error)
-                    return
                 if error.errno == errno.ENOENT:
-                    continue  # this one was given up by its process while we read it
-                raise
-            request = Request._make(header.unpack_from(self._buffer)[:7])
-            if read_bytes != request.length_bytes:
-                raise ProtocolError(f"a request that claims {request.length_bytes} bytes came with {read_bytes}")
-            handler = handlers.get(request.opcode)
-            if handler is None:
-                self._error(request.unique, errno.ENOSYS)
-                continue
+                    continue  # its process was killed while we read it
+                self._lost(error)
+                return
+            # Every request is taken apart as a READ first: nearly all are, and the others have room for it too.
+            length_bytes, opcode, unique, node, fh, offset, size_bytes = unpack(self._buffer)
             try:
-                handler(request)
+                if opcode != Opcode.READ:
+                    self._dispatch(protocol.decode_request(self._buffer, read_bytes))
+                    continue
+                if length_bytes != read_bytes:
+                    raise ProtocolError(f"a READ of {length_bytes} bytes came with {read_bytes}")
+                answer = self._fs.read(node, fh, offset, size_bytes)
+                if isinstance(answer, _AT_HAND):
+                    self._reply(unique, answer)
+                else:
+                    request = protocol.decode_request(self._buffer, read_bytes)
+                    self._later(request, cast("Awaitable[Sequence[Buffer]]", answer), lambda buffers: buffers)
             except OSError as error:
-                self._error(request.unique, error.errno or errno.EIO)
+                self._error(unique, error.errno or errno.EIO)
             except Exception:
-                logger.critical("bug: request %s failed", request, exc_info=True)
-                self._error(request.unique, errno.EIO)
+                logger.critical("bug: request %d of kind %d for node %d failed", unique, opcode, node, exc_info=True)
+                self._error(unique, errno.EIO)
 
-    def _read(self, request: Request) -> None:
-        fh, offset, size_bytes, *_ = protocol.body(self._buffer, request.length_bytes, protocol.READ_IN)
-        answer = self._fs.read(request.node, fh, offset, size_bytes)
-        if isinstance(answer, _AT_HAND):
-            self._reply(request.unique, *answer)
-        else:
-            self._later(request, cast("Awaitable[Sequence[Buffer]]", answer), lambda buffers: buffers)
+    def _dispatch(self, request: Request) -> None:
+        handler = self._handlers.get(request.opcode)
+        if handler is None:
+            raise OSError(errno.ENOSYS, "not a request of a read-only file system")
+        handler(request)
 
     def _lookup(self, request: Request) -> None:
         name = protocol.decode_name(self._buffer, request.length_bytes)
@@ -215,7 +215,7 @@ class Session:
         self._later(request, opened, lambda opened: [protocol.encode_open(opened)])
 
     def _getattr(self, request: Request) -> None:
-        self._reply(request.unique, protocol.encode_attr(*self._fs.getattr(request.node)))
+        self._reply(request.unique, [protocol.encode_attr(*self._fs.getattr(request.node))])
 
     def _forget(self, request: Request) -> None:
         (nlookup,) = protocol.body(self._buffer, request.length_bytes, protocol.FORGET_IN)
@@ -233,14 +233,14 @@ class Session:
     def _opendir(self, request: Request) -> None:
         self._next_directory += 1
         self._directories[self._next_directory] = self._fs.readdir(request.node)
-        self._reply(request.unique, protocol.encode_open(Opened(self._next_directory)))
+        self._reply(request.unique, [protocol.encode_open(Opened(self._next_directory))])
 
     def _readdir(self, request: Request) -> None:
         fh, start, size_bytes, *_ = protocol.body(self._buffer, request.length_bytes, protocol.READ_IN)
         entries = self._directories.get(fh)
         if entries is None:  # opened before this worker's time
             entries = self._directories[fh] = self._fs.readdir(request.node)
-        self._reply(request.unique, protocol.encode_entries(entries, start, size_bytes))
+        self._reply(request.unique, [protocol.encode_entries(entries, start, size_bytes)])
 
     def _releasedir(self, request: Request) -> None:
         fh, *_ = protocol.body(self._buffer, request.length_bytes, protocol.RELEASE_IN)
@@ -248,7 +248,7 @@ class Session:
         self._reply(request.unique)
 
     def _statfs(self, request: Request) -> None:
-        self._reply(request.unique, protocol.encode_statfs(self._fs.statfs()))
+        self._reply(request.unique, [protocol.encode_statfs(self._fs.statfs())])
 
     def _interrupt(self, request: Request) -> None:
         """A signal reached a process that waits. INTERRUPT itself gets no answer.
@@ -275,7 +275,7 @@ class Session:
 
     async def _serve(self, request: Request, answer: Awaitable[_T], encode: Callable[[_T], Sequence[Buffer]]) -> None:
         try:
-            self._reply(request.unique, *encode(await answer))
+            self._reply(request.unique, encode(await answer))
         except OSError as error:
             self._error(request.unique, error.errno or errno.EIO)
         except asyncio.CancelledError as cancelled:
@@ -293,9 +293,8 @@ class Session:
         finally:
             del self._waiting[request.unique]
 
-    def _reply(self, unique: int, *buffers: Buffer) -> None:
-        size_bytes = protocol.OUT_HEADER.size + sum(map(len, buffers))
-        self._write(unique, [protocol.OUT_HEADER.pack(size_bytes, 0, unique), *buffers])
+    def _reply(self, unique: int, buffers: Sequence[Buffer] = ()) -> None:
+        self._write(unique, [protocol.encode_head(unique, protocol.total_bytes(buffers)), *buffers])
 
     def _error(self, unique: int, number: int) -> None:
         self._write(unique, [protocol.encode_error(unique, number)])
