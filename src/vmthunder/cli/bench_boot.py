@@ -28,7 +28,7 @@ from vmthunder.image.chunk import check_chunk_bytes
     "chunk_sizes",
     type=BYTES,
     multiple=True,
-    default=[DEFAULT_CHUNK_BYTES],
+    default=["64KiB"],
     help="Repeat to compare sizes.",
 )
 @click.option("--rounds", type=click.IntRange(min=1), default=5, help="Figures are medians over the rounds.")
