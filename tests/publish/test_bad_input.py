@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from conftest import RunCli, one_line
 from publish.disks import MIB, convert, make_disk, qemu_img
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
 from conftest import RunCli, one_line
 from publish.disks import MIB, contents, convert, make_disk, mounts, qemu_img, same
 

@@ -4,12 +4,12 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
 from conftest import RunCli, one_line
 from publish.disks import MIB, Publish, contents, convert, make_noise, mounts, same, stored_packs, wait_until
 
