@@ -1,7 +1,7 @@
 """A worker with a file system in memory, for the tests of the keeper and the session. Runs as a process of its own.
 
-Its one argument is a directory: `files/` is what it shows, `trace` is where it writes what it does. The end of a file's
-name says how it is served:
+Its one argument is a directory: `files/` is what it shows, `trace` is where it writes what it does. The suffixes
+of a file's name say how it is served:
 
 * `.direct`: past the page cache.
 * `.waits`: reads are answered as soon as `open-gate` is there.
@@ -61,18 +61,18 @@ class MemoryFiles:
 
     async def open(self, node: int, flags: int) -> Opened:
         path = self.paths[node - 2]
-        if path.suffix == ".native":
+        if ".native" in path.suffixes:
             with path.open("rb") as backing:
                 return Opened(0, self.session.open_backing(backing.fileno()))
-        return Opened(0, direct_io=path.suffix == ".direct")
+        return Opened(0, direct_io=".direct" in path.suffixes)
 
     def read(self, node: int, fh: int, offset: int, size_bytes: int) -> "Sequence[bytes] | Awaitable[Sequence[bytes]]":
         self.trace.write(b"size %d\n" % size_bytes)
         answer = [self.contents[node][offset : offset + size_bytes]]
-        suffix = self.paths[node - 2].suffix
-        if suffix == ".waits":
+        suffixes = self.paths[node - 2].suffixes
+        if ".waits" in suffixes:
             return self.read_later(answer)
-        if suffix == ".pushed":
+        if ".pushed" in suffixes:
             return self.read_after_push(node, offset, answer)
         return answer
 

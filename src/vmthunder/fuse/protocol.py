@@ -75,6 +75,7 @@ class OpenFlag(enum.IntFlag):
 
     DIRECT_IO = 1 << 0
     KEEP_CACHE = 1 << 1
+    NOFLUSH = 1 << 5
     PASSTHROUGH = 1 << 7
 
 
@@ -280,12 +281,15 @@ def encode_entry(entry: Entry) -> bytes:
 
 
 def encode_open(opened: Opened) -> bytes:
-    """Answer to OPEN and OPENDIR (16 bytes). What we show never changes, so the kernel keeps what it has cached."""
+    """Answer to OPEN and OPENDIR (16 bytes).
+
+    What we show never changes: the kernel keeps what it has cached, and closes without waiting for us.
+    """
     if opened.backing_id:
         flags = OpenFlag.PASSTHROUGH
     else:
         flags = OpenFlag.DIRECT_IO if opened.direct_io else OpenFlag.KEEP_CACHE
-    return _OPEN_OUT.pack(opened.fh, flags, opened.backing_id)
+    return _OPEN_OUT.pack(opened.fh, flags | OpenFlag.NOFLUSH, opened.backing_id)
 
 
 def encode_statfs(statfs: Statfs) -> bytes:
