@@ -5,6 +5,7 @@ obstore's own directory store renames too, but never calls fsync: after a power 
 
 import asyncio
 import os
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Final
@@ -16,6 +17,11 @@ SCRATCH: Final = "tmp"
 async def put_durably(root: Path, key: str, data: bytes, *, only_new: bool) -> None:
     """Write an object. Raises OSError; FileExistsError if it is there with `only_new`."""
     await asyncio.to_thread(_put, root, key, data, only_new)
+
+
+def remove_scratch(root: Path) -> None:
+    """Remove what dead writers left. Call when there is no living one."""
+    shutil.rmtree(root / SCRATCH, ignore_errors=True)
 
 
 def _put(root: Path, key: str, data: bytes, only_new: bool) -> None:
