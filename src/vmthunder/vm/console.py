@@ -53,7 +53,10 @@ def attach(vm: Machine, directory: Path, stdin_fd: int = 0, stdout_fd: int = 1) 
                     data = os.read(fd, 65536)
                     if fd == keyboard:
                         continue  # what the log has too; left unread, QEMU would wait for us
-                    _write(keyboard, data.partition(LEAVE)[0])
+                    try:
+                        _write(keyboard, data.partition(LEAVE)[0])
+                    except ConnectionError:
+                        continue  # it ended just now, which the next turn sees
                     if not data or LEAVE in data:
                         return
 
@@ -99,5 +102,3 @@ def _write(fd: int, data: bytes) -> None:
             view = view[os.write(fd, view) :]
         except BlockingIOError:
             select.select([], [fd], [])
-        except (BrokenPipeError, ConnectionError):
-            return  # the guest ended just now, which the caller is about to see
