@@ -28,9 +28,12 @@ def start_publish() -> Iterator[Callable[..., Publish]]:
 
 
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What publishes remember of an origin goes with the origin."""
+def own_directories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What publishes remember of an origin goes with the origin, and what they leave behind is found."""
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("TMPDIR", str(scratch))
 
 
 @pytest.fixture

@@ -87,8 +87,11 @@ def stored_packs(origin: Path) -> list[Path]:
     return [path for path in (origin / "packs").rglob("*") if path.is_file() and len(path.name) == 64]
 
 
-def mounts() -> str:
-    return Path("/proc/self/mounts").read_text()
+def litter(tmp_path: Path) -> list[object]:
+    """What publishes left in the directory for temporary files, and mounts of theirs."""
+    scratch = tmp_path / "scratch"
+    mounts = Path("/proc/self/mounts").read_text().splitlines()
+    return [*scratch.iterdir(), *(line for line in mounts if str(scratch) in line)]
 
 
 class Publish:

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 
 from conftest import RunCli, one_line
-from publish.disks import MIB, contents, convert, make_disk, mounts, qemu_img, same
+from publish.disks import MIB, contents, convert, litter, make_disk, qemu_img, same
 
 
 def publish(run_cli: RunCli, source: object, origin: Path, *options: str) -> dict[str, object]:
     done = run_cli("publish", source, "it", "--origin", origin, "--json", *options)
     assert done.returncode == 0, done.stderr
-    assert "vmthunder-" not in mounts()
+    assert not litter(origin.parent)
     return json.loads(done.stdout)  # type: ignore[no-any-return]
 
 

@@ -67,7 +67,7 @@ def exported(
         node["backing"] = None  # whatever its header says
     with contextlib.ExitStack() as cleanup:
         complaints = cleanup.enter_context(tempfile.TemporaryFile())
-        with tempfile.TemporaryDirectory(prefix="vmthunder-") as directory:
+        with tempfile.TemporaryDirectory(prefix="vmthunder-publish-") as directory:
             mountpoint = Path(directory, "disk")
             mountpoint.touch()
             command = [
