@@ -123,7 +123,9 @@ async def _live(origin: Origin) -> list[tuple[str, dict[str, Any]]]:
         except NotFound:
             continue  # released meanwhile
         except ValueError:
-            who = {}
+            who = None
+        if not isinstance(who, dict):
+            who = {}  # damaged; whose it is is unknown, that it is there is not
         if not _is_dead(who):
             live.append((key, who))
     return live
@@ -139,9 +141,9 @@ def _here() -> dict[str, Any]:
     return {"host": socket.gethostname(), "pid": pid, "started": _started(pid), "machine": _machine()}
 
 
-def _is_dead(who: Any) -> bool:
+def _is_dead(who: dict[str, Any]) -> bool:
     """Whether a holder ran on this machine and has ended. Of others nothing is known."""
-    if not isinstance(who, dict) or who.get("machine") != _machine():
+    if who.get("machine") != _machine():
         return False
     pid = who.get("pid")
     return not isinstance(pid, int) or _started(pid) != who.get("started")

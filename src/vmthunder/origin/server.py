@@ -12,12 +12,13 @@ import asyncio
 import errno
 import os
 import re
+import stat
 from pathlib import Path
 from typing import Final
 
 from aiohttp import web
 
-from vmthunder.errors import Conflict, NotPermitted, Usage
+from vmthunder.errors import Conflict, NotPermitted, Usage, VMThunderError
 from vmthunder.origin.origin import IMAGES_KEY, Origin, encode_images
 
 PART_BYTES: Final = 1 << 20
@@ -36,7 +37,10 @@ def make_app(root: Path) -> web.Application:
     objects = _Objects(root.resolve())
 
     async def images(_: web.Request) -> web.Response:
-        return web.Response(body=encode_images(await origin.refs()), content_type="application/json")
+        try:
+            return web.Response(body=encode_images(await origin.refs()), content_type="application/json")
+        except VMThunderError as error:
+            raise web.HTTPServiceUnavailable(text=f"{error}\n") from None
 
     async def health(_: web.Request) -> web.Response:
         return web.Response(text="ok\n")
@@ -98,7 +102,10 @@ class _Objects:
             os.close(fd)
 
     async def _send(self, request: web.Request, fd: int, key: str) -> web.StreamResponse:
-        size = os.fstat(fd).st_size
+        status_of_file = os.fstat(fd)
+        if not stat.S_ISREG(status_of_file.st_mode):
+            raise web.HTTPNotFound
+        size = status_of_file.st_size
         begin, end, status = _range(request.headers.get("Range"), size)
         headers = {
             "Accept-Ranges": "bytes",
