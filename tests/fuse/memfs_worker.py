@@ -1,8 +1,14 @@
 """A worker with a file system in memory, for the tests of the keeper and the session. Runs as a process of its own.
 
-Its one argument is a directory with `files/` (what is shown) and room for the switches below. A file named `*.waits` does
-not answer reads until `DIRECTORY/open-gate` exists; `*.native` is opened through its backing file; the pages of `*.pushed` are
-pushed by a thread while a read of the same page is unanswered, and then read again from `DIRECTORY/open-gate` on.
+Its one argument is a directory: `files/` is what it shows, `trace` is where it writes what it does. The suffixes
+of a file's name say how it is served:
+
+* `.direct`: past the page cache.
+* `.waits`: reads are answered as soon as `open-gate` is there.
+* `.native`: opened through its backing file.
+* `.pushed`: as `.waits`, and a thread pushes the page into the page cache while its read is not answered.
+
+SIGTERM is stop, SIGUSR1 handover, SIGUSR2 pushes the first 64 KiB of every file into the page cache.
 """
 
 import asyncio
@@ -12,7 +18,6 @@ import signal
 import stat
 import sys
 import threading
-import time
 from collections.abc import Awaitable, Sequence
 from pathlib import Path
 
@@ -56,24 +61,29 @@ class MemoryFiles:
 
     async def open(self, node: int, flags: int) -> Opened:
         path = self.paths[node - 2]
-        if path.suffix == ".native":
+        if ".native" in path.suffixes:
             with path.open("rb") as backing:
                 return Opened(0, self.session.open_backing(backing.fileno()))
-        return Opened(0, direct_io=path.suffix == ".direct")
+        return Opened(0, direct_io=".direct" in path.suffixes)
 
     def read(self, node: int, fh: int, offset: int, size_bytes: int) -> "Sequence[bytes] | Awaitable[Sequence[bytes]]":
+        self.trace.write(b"size %d\n" % size_bytes)
         answer = [self.contents[node][offset : offset + size_bytes]]
-        suffix = self.paths[node - 2].suffix
-        if suffix == ".waits":
+        suffixes = self.paths[node - 2].suffixes
+        if ".waits" in suffixes:
             return self.read_later(answer)
-        if suffix == ".pushed":
+        if ".pushed" in suffixes:
             return self.read_after_push(node, offset, answer)
         return answer
 
     async def read_later(self, answer: list[bytes]) -> list[bytes]:
         self.trace.write(b"read waits\n")
-        while not self.gate.exists():
-            await asyncio.sleep(0.01)
+        try:
+            while not self.gate.exists():
+                await asyncio.sleep(0.01)
+        except asyncio.CancelledError:
+            self.trace.write(b"read cancelled\n")
+            raise
         self.trace.write(b"read answered\n")
         return answer
 
@@ -130,5 +140,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    started = time.monotonic()
     main()

@@ -14,7 +14,7 @@ from vmthunder.errors import Usage
 from vmthunder.node.control import AgentClient
 from vmthunder.node.settings import DEFAULT_RUN_DIR, DEFAULT_STATE_DIR, AgentSettings, control_socket
 
-_DIRECTORY = click.Path(file_okay=False, path_type=Path)
+_DIRECTORY = click.Path(path_type=Path)
 
 run_dir_option = click.option(
     "--run-dir",

@@ -1,6 +1,7 @@
 """`vmthunder`: the table of commands, and the one place where an error becomes a line and an exit code."""
 
 import importlib
+import os
 import signal
 import sys
 from collections.abc import Mapping
@@ -86,10 +87,14 @@ def vmthunder() -> None:
 
 def main() -> NoReturn:
     """Run the command line; errors that an operator can do something about end in one line, bugs in a traceback."""
-    # A reader of our output that went away (`vmthunder images | head`) is no error.
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     try:
         code = vmthunder.main(standalone_mode=False)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader of our output went away (`vmthunder images | head`). The default action of SIGPIPE would do, were it
+        # not for sockets: a server must not die of a client that hangs up.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
     except (click.exceptions.Abort, KeyboardInterrupt):
         click.echo("interrupted", err=True)
         sys.exit(130)

@@ -20,7 +20,15 @@ from vmthunder.publishing.source import open_source
 @click.command
 @click.argument("source")
 @click.argument("name")
-@click.option("--origin", "origin_url", required=True, metavar="URL", help="A directory or s3://BUCKET/PREFIX.")
+@click.option(
+    "--origin",
+    "origin_url",
+    envvar="VMTHUNDER_ORIGIN",
+    show_envvar=True,
+    required=True,
+    metavar="URL",
+    help="Where to publish: a directory, which is made if need be, or s3://BUCKET/PREFIX.",
+)
 @click.option(
     "--format",
     "disk_format",
@@ -54,7 +62,7 @@ def publish(
     """
     image = image_name(name)
     check_chunk_bytes(chunk_bytes)
-    origin = Origin.open(origin_url)
+    origin = Origin.open(origin_url, create=True)
     with bytes_progress() as progress:
         task = progress.add_task("download" if "://" in source else "publish", total=None)
 

@@ -44,12 +44,20 @@ def state_dir_option(command: Command) -> Command:
 @click.option("--user-data", type=PATH, help="File for cloud-init: cloud-config, script, MIME archive.")
 @click.option("--ssh-key", type=PATH, help="File of public keys that may log in; forwards a port to the guest's 22.")
 @click.option("--forward", type=PORT, multiple=True, help="TCP port of the guest to reach from here; may be repeated.")
-@click.option("--driver", type=click.Choice(Driver), default=Driver.QEMU, help="QEMU, or user-mode Linux.")
 @click.option(
-    "--accel", type=click.Choice(Accel), default=Accel.AUTO, help="auto: KVM where it runs a guest, else TCG."
+    "--driver", type=click.Choice([*map(str, Driver)]), default=Driver.QEMU.value, help="QEMU, or user-mode Linux."
 )
 @click.option(
-    "--cache", type=click.Choice(CacheMode), default=CacheMode.WRITEBACK, help="QEMU's cache mode of the disk."
+    "--accel",
+    type=click.Choice([*map(str, Accel)]),
+    default=Accel.AUTO.value,
+    help="auto: KVM where it runs a guest, else TCG.",
+)
+@click.option(
+    "--cache",
+    type=click.Choice([*map(str, CacheMode)]),
+    default=CacheMode.WRITEBACK.value,
+    help="QEMU's cache mode of the disk.",
 )
 @click.option("--kernel", type=PATH, help="Boot this kernel directly, not by firmware and boot loader.")
 @click.option("--initrd", type=PATH, help="With --kernel.")
@@ -74,9 +82,9 @@ def boot(
     user_data: Path | None,
     ssh_key: Path | None,
     forward: tuple[int, ...],
-    driver: Driver,
-    accel: Accel,
-    cache: CacheMode,
+    driver: str,
+    accel: str,
+    cache: str,
     kernel: Path | None,
     initrd: Path | None,
     append: str | None,
@@ -95,16 +103,16 @@ def boot(
     """
     ports = {
         *forward,
-        *([SSH_PORT] if ssh_key and driver is Driver.QEMU else []),
+        *([SSH_PORT] if ssh_key and driver == Driver.QEMU else []),
         *([ready_port] if ready_port else []),
     }
     spec = Spec(
-        driver=driver,
-        accel=accel,
+        driver=Driver(driver),
+        accel=Accel(accel),
         memory_bytes=memory,
         cpus=cpus,
         disk_bytes=disk_size,
-        cache=cache,
+        cache=CacheMode(cache),
         user_data=read_user_data(user_data) if user_data else None,
         ssh_keys=tuple(read_ssh_keys(ssh_key)) if ssh_key else (),
         kernel=kernel,
@@ -113,7 +121,7 @@ def boot(
         guest_ports=frozenset(ports),
     )
     ready = _ready_check(ready_pattern, ready_agent, ready_port)
-    if ready_agent and driver is Driver.UML:
+    if ready_agent and driver == Driver.UML:
         raise Usage("user-mode Linux has no channel for a guest agent; use --driver qemu")
     agent = AgentClient(control_socket(run_dir))
     backing = BackingImage.resolve(agent, image)
@@ -198,8 +206,7 @@ def _row(vm: Machine) -> list[str]:
 def console(name: str, state_dir: Path) -> None:
     """Attach to the serial console of the vm NAME; Ctrl-] leaves."""
     machines = Machines(state_dir)
-    machines.load(name)
-    attach(machines.directory(name))
+    attach(machines.load(name), machines.directory(name))
 
 
 @click.command()

@@ -24,7 +24,8 @@ from vmthunder.fuse.protocol import REQUEST_BUFFER_BYTES, decode_init, decode_re
 
 _INIT_TIMEOUT_S = 10.0
 _SHORT_LIFE_S = 1.0
-_LONGEST_PAUSE_S = 5.0
+_FIRST_PAUSE_S = 0.02
+_LONGEST_PAUSE_S = 1.0
 _LOOK_EVERY_S = 0.2
 _IGNORED = (signal.SIGHUP, signal.SIGINT, signal.SIGPIPE)
 
@@ -47,6 +48,8 @@ class Keeper:
         self.was_ready = False
         self.restarts = 0
         self.worker: _Worker | None = None
+        self.undead: set[int] = set()
+        """Earlier workers of which a thread still hangs in the kernel."""
         self.stop_asked = False
         self.worker_oom_score_adj = _swap("/proc/self/oom_score_adj", "-1000")
 
@@ -60,23 +63,25 @@ class Keeper:
         while True:
             started_s = time.monotonic()
             try:
-                status = self._wait(self._start_worker(cause))
-            except OSError as error:  # no program, no memory, no process: for a while, perhaps
+                worker = self._start_worker(cause)
+            except OSError as error:
                 if not self.was_ready:
                     raise Failure(f"cannot run {self.worker_argv[0]}: {error.strerror}") from error
-                status = -1
-            if status == Leave.STOP or (status > 0 and not self.was_ready):
-                return status
-            self.restarts += 1
-            cause = Cause.HANDOVER if status == Leave.HANDOVER else Cause.DEATH
-            if cause is Cause.DEATH:
-                say(f"the worker ended with status {status}; starting another one")
-            # One that was killed is replaced at once; one that cannot live must not use up the machine.
+                say(f"cannot run {self.worker_argv[0]} now: {error.strerror}")  # but perhaps in a moment
+            else:
+                status = self._wait(worker)
+                if status == Leave.STOP or (status > 0 and not self.was_ready):
+                    return status
+                cause = Cause.HANDOVER if status == Leave.HANDOVER else Cause.DEATH
+                if cause is Cause.DEATH:
+                    say(f"the worker ended with status {status}; starting another one")
+                self.restarts += 1
+            # One that had lived for a while is replaced at once; one that cannot live must not use up the machine.
             young = time.monotonic() - started_s < _SHORT_LIFE_S
-            pause_s = min(max(2 * pause_s, 0.05), _LONGEST_PAUSE_S) if young and cause is Cause.DEATH else 0.0
+            pause_s = min(max(2 * pause_s, _FIRST_PAUSE_S), _LONGEST_PAUSE_S) if young else 0.0
             until_s = time.monotonic() + pause_s
             while time.monotonic() < until_s and not self.stop_asked:
-                time.sleep(0.02)
+                time.sleep(0.01)
             if self.stop_asked:
                 return Leave.STOP
 
@@ -118,23 +123,25 @@ class Keeper:
         status = None
         while status is None:
             status = _status(worker.pid)  # first, so that all it ever said is in the pipe when that is looked at
+            self.undead = {pid for pid in self.undead if os.waitpid(pid, os.WNOHANG)[0] == 0}
             for fd, _ in poll.poll(0 if status is not None else _LOOK_EVERY_S * 1000):
                 if fd == worker.ready_fd:
                     poll.unregister(fd)
-                    self.was_ready = self.was_ready or self._pass_on(os.read(fd, 1))
+                    if os.read(fd, 1) and not self.was_ready:
+                        self.was_ready = True
+                        self._tell_starter()
         self.worker = None
+        self.undead.add(worker.pid)
         os.close(worker.pidfd)
         os.close(worker.ready_fd)
         return status
 
-    def _pass_on(self, said: bytes) -> bool:
-        """Tell who started us that the first worker is ready; whether it is."""
+    def _tell_starter(self) -> None:
         try:
-            os.write(self.ready_fd, said)
+            os.write(self.ready_fd, b"1")
         except OSError:
             pass  # nobody waits any more
         os.close(self.ready_fd)
-        return bool(said)
 
 
 def say(line: str) -> None:
@@ -146,17 +153,11 @@ def say(line: str) -> None:
 
 
 def _status(pid: int) -> int | None:
-    """How the process ended, as soon as its main thread has; None while it runs.
+    """How a child that was not reaped yet ended, as soon as its main thread has; None while that runs.
 
     waitpid and pidfds wait for all threads. One that was pushing into the page cache may not be able to die before
     the read that it waits for is answered, which only the next worker will do; so the main thread's death counts.
     """
-    try:
-        reaped, status = os.waitpid(pid, os.WNOHANG)
-    except ChildProcessError:
-        return -1
-    if reaped:
-        return os.waitstatus_to_exitcode(status)
     with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as stat:
         fields = stat.read().rpartition(")")[2].split()
     if fields[0] != "Z":

@@ -75,6 +75,7 @@ class OpenFlag(enum.IntFlag):
 
     DIRECT_IO = 1 << 0
     KEEP_CACHE = 1 << 1
+    NOFLUSH = 1 << 5
     PASSTHROUGH = 1 << 7
 
 
@@ -84,6 +85,7 @@ OUT_HEADER = struct.Struct("=IiQ")  # len error unique
 INIT_IN = struct.Struct("=IIIII44x")  # major minor max_readahead flags flags2 unused[11]
 INIT_IN_SHORT = struct.Struct("=IIII")  # before 7.36
 INIT_OUT = struct.Struct("=IIIIHHIIHHII24x")
+READ_REQUEST = struct.Struct("=IIQQ16xQQI20x")  # len opcode unique nodeid, and fh offset size of READ_IN
 READ_IN = struct.Struct("=QQIIQII")  # fh offset size read_flags lock_owner flags padding
 OPEN_IN = struct.Struct("=II")  # flags open_flags
 RELEASE_IN = struct.Struct("=QIIQ")  # fh flags release_flags lock_owner
@@ -252,11 +254,12 @@ def encode_init(
         flags >> 32,
         stack_depth,
     )
-    return encode_reply(unique, answer)
+    return encode_head(unique, len(answer)) + answer
 
 
-def encode_reply(unique: int, answer: bytes = b"") -> bytes:
-    return OUT_HEADER.pack(OUT_HEADER.size + len(answer), 0, unique) + answer
+def encode_head(unique: int, answer_bytes: int) -> bytes:
+    """The header of a successful reply; `answer_bytes` have to follow in the same write(2)."""
+    return OUT_HEADER.pack(OUT_HEADER.size + answer_bytes, 0, unique)
 
 
 def encode_error(unique: int, errno: int) -> bytes:
@@ -278,12 +281,15 @@ def encode_entry(entry: Entry) -> bytes:
 
 
 def encode_open(opened: Opened) -> bytes:
-    """Answer to OPEN and OPENDIR (16 bytes). What we show never changes, so the kernel keeps what it has cached."""
+    """Answer to OPEN and OPENDIR (16 bytes).
+
+    What we show never changes: the kernel keeps what it has cached, and closes without waiting for us.
+    """
     if opened.backing_id:
         flags = OpenFlag.PASSTHROUGH
     else:
         flags = OpenFlag.DIRECT_IO if opened.direct_io else OpenFlag.KEEP_CACHE
-    return _OPEN_OUT.pack(opened.fh, flags, opened.backing_id)
+    return _OPEN_OUT.pack(opened.fh, flags | OpenFlag.NOFLUSH, opened.backing_id)
 
 
 def encode_statfs(statfs: Statfs) -> bytes:

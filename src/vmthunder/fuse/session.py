@@ -17,6 +17,7 @@ import fcntl
 import logging
 import os
 import random
+import signal
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Protocol, TypeVar, cast
@@ -30,8 +31,7 @@ logger = logging.getLogger(__name__)
 
 _BATCH = 64
 """Requests answered in one turn of the loop; then others have theirs."""
-_LOOK_AGAIN_S = 0.5
-_SIGKILL_BIT = 1 << 8
+_LOOK_EVERY_S = 0.5
 _GONE = {errno.ENODEV, errno.ECONNABORTED, errno.EPERM, errno.EBADF}
 
 _AT_HAND = (list, tuple)
@@ -85,6 +85,7 @@ class Session:
         self._buffer = bytearray(b"\1" * protocol.REQUEST_BUFFER_BYTES)  # written, so in memory: see fuse.memory
         self._view = memoryview(self._buffer)
         self._waiting: dict[int, asyncio.Task[None]] = {}  # by the request's unique
+        self._look_again: asyncio.TimerHandle | None = None
         self._directories: dict[int, Sequence[DirEntry]] = {}  # by fh: what it held when it was opened
         # A directory handle of an earlier worker must not mean another directory here.
         self._next_directory = random.getrandbits(62)
@@ -94,13 +95,12 @@ class Session:
             Opcode.BATCH_FORGET: self._batch_forget,
             Opcode.GETATTR: self._getattr,
             Opcode.OPEN: self._open,
-            Opcode.READ: self._read,
             Opcode.RELEASE: self._release,
             Opcode.OPENDIR: self._opendir,
             Opcode.READDIR: self._readdir,
             Opcode.RELEASEDIR: self._releasedir,
             Opcode.STATFS: self._statfs,
-            Opcode.INTERRUPT: self._interrupt,
+            Opcode.INTERRUPT: self._ignore,
             Opcode.DESTROY: lambda request: self._reply(request.unique),
         }
 
@@ -132,6 +132,8 @@ class Session:
     async def close(self) -> None:
         """Read and answer nothing any more. Leaves the descriptor open: the connection is not ours to end."""
         self._loop.remove_reader(self._fd)
+        if self._look_again is not None:
+            self._look_again.cancel()
         tasks = list(self._waiting.values())
         for task in tasks:
             task.cancel()
@@ -168,41 +170,42 @@ class Session:
     # From here on: the loop's thread.
 
     def _on_readable(self) -> None:
-        fd, buffers, header, handlers = self._fd, [self._buffer], protocol.IN_HEADER, self._handlers
+        fd, buffers, unpack = self._fd, [self._buffer], protocol.READ_REQUEST.unpack_from
         for _ in range(_BATCH):
             try:
                 read_bytes = os.readv(fd, buffers)
             except BlockingIOError:
                 return
             except OSError as error:
-                if error.errno in _GONE:
-                    self._lost(error)
-                    return
                 if error.errno == errno.ENOENT:
-                    continue  # this one was given up by its process while we read it
-                raise
-            request = Request._make(header.unpack_from(self._buffer)[:7])
-            if read_bytes != request.length_bytes:
-                raise ProtocolError(f"a request that claims {request.length_bytes} bytes came with {read_bytes}")
-            handler = handlers.get(request.opcode)
-            if handler is None:
-                self._error(request.unique, errno.ENOSYS)
-                continue
+                    continue  # its process was killed while we read it
+                self._lost(error)
+                return
+            # Every request is taken apart as a READ first: nearly all are, and the others have room for it too.
+            length_bytes, opcode, unique, node, fh, offset, size_bytes = unpack(self._buffer)
             try:
-                handler(request)
+                if opcode != Opcode.READ:
+                    self._dispatch(protocol.decode_request(self._buffer, read_bytes))
+                    continue
+                if length_bytes != read_bytes:
+                    raise ProtocolError(f"a READ of {length_bytes} bytes came with {read_bytes}")
+                answer = self._fs.read(node, fh, offset, size_bytes)
+                if isinstance(answer, _AT_HAND):
+                    self._reply(unique, answer)
+                else:
+                    request = protocol.decode_request(self._buffer, read_bytes)
+                    self._later(request, cast("Awaitable[Sequence[Buffer]]", answer), lambda buffers: buffers)
             except OSError as error:
-                self._error(request.unique, error.errno or errno.EIO)
+                self._error(unique, error.errno or errno.EIO)
             except Exception:
-                logger.critical("bug: request %s failed", request, exc_info=True)
-                self._error(request.unique, errno.EIO)
+                logger.critical("bug: request %d of kind %d for node %d failed", unique, opcode, node, exc_info=True)
+                self._error(unique, errno.EIO)
 
-    def _read(self, request: Request) -> None:
-        fh, offset, size_bytes, *_ = protocol.body(self._buffer, request.length_bytes, protocol.READ_IN)
-        answer = self._fs.read(request.node, fh, offset, size_bytes)
-        if isinstance(answer, _AT_HAND):
-            self._reply(request.unique, *answer)
-        else:
-            self._later(request, cast("Awaitable[Sequence[Buffer]]", answer), lambda buffers: buffers)
+    def _dispatch(self, request: Request) -> None:
+        handler = self._handlers.get(request.opcode)
+        if handler is None:
+            raise OSError(errno.ENOSYS, "not a request of a read-only file system")
+        handler(request)
 
     def _lookup(self, request: Request) -> None:
         name = protocol.decode_name(self._buffer, request.length_bytes)
@@ -215,7 +218,7 @@ class Session:
         self._later(request, opened, lambda opened: [protocol.encode_open(opened)])
 
     def _getattr(self, request: Request) -> None:
-        self._reply(request.unique, protocol.encode_attr(*self._fs.getattr(request.node)))
+        self._reply(request.unique, [protocol.encode_attr(*self._fs.getattr(request.node))])
 
     def _forget(self, request: Request) -> None:
         (nlookup,) = protocol.body(self._buffer, request.length_bytes, protocol.FORGET_IN)
@@ -233,14 +236,14 @@ class Session:
     def _opendir(self, request: Request) -> None:
         self._next_directory += 1
         self._directories[self._next_directory] = self._fs.readdir(request.node)
-        self._reply(request.unique, protocol.encode_open(Opened(self._next_directory)))
+        self._reply(request.unique, [protocol.encode_open(Opened(self._next_directory))])
 
     def _readdir(self, request: Request) -> None:
         fh, start, size_bytes, *_ = protocol.body(self._buffer, request.length_bytes, protocol.READ_IN)
         entries = self._directories.get(fh)
         if entries is None:  # opened before this worker's time
             entries = self._directories[fh] = self._fs.readdir(request.node)
-        self._reply(request.unique, protocol.encode_entries(entries, start, size_bytes))
+        self._reply(request.unique, [protocol.encode_entries(entries, start, size_bytes)])
 
     def _releasedir(self, request: Request) -> None:
         fh, *_ = protocol.body(self._buffer, request.length_bytes, protocol.RELEASE_IN)
@@ -248,34 +251,31 @@ class Session:
         self._reply(request.unique)
 
     def _statfs(self, request: Request) -> None:
-        self._reply(request.unique, protocol.encode_statfs(self._fs.statfs()))
+        self._reply(request.unique, [protocol.encode_statfs(self._fs.statfs())])
 
-    def _interrupt(self, request: Request) -> None:
-        """A signal reached a process that waits. INTERRUPT itself gets no answer.
+    def _ignore(self, request: Request) -> None:
+        """INTERRUPT wants no answer: see `_let_go_of_the_killed`."""
 
-        Local disks do not fail a read with EINTR, so neither do we: only a process that is being killed is let go.
-        The kernel tells of the first signal only, so from now on we look for ourselves.
+    def _let_go_of_the_killed(self) -> None:
+        """Answer EINTR to those who are being killed while they wait: until then they cannot end.
+
+        Only to those: local disks never fail a read with EINTR, so nobody expects it. INTERRUPT cannot tell, as the
+        kernel sends one for the first signal of any kind, and none for direct reads. So we look from time to time.
         """
-        (unique,) = protocol.body(self._buffer, request.length_bytes, protocol.INTERRUPT_IN)
-        task = self._waiting.get(unique)
-        if task is not None:
-            self._let_go_if_killed(unique, task)
-
-    def _let_go_if_killed(self, unique: int, task: asyncio.Task[None]) -> None:
-        if self._waiting.get(unique) is not task:
-            return
-        if _is_being_killed(int(task.get_name())):
-            task.cancel(_KILLED)
-        else:
-            self._loop.call_later(_LOOK_AGAIN_S, self._let_go_if_killed, unique, task)
+        for task in self._waiting.values():
+            if _is_being_killed(int(task.get_name())):
+                task.cancel(_KILLED)
+        self._look_again = self._loop.call_later(_LOOK_EVERY_S, self._let_go_of_the_killed) if self._waiting else None
 
     def _later(self, request: Request, answer: Awaitable[_T], encode: Callable[[_T], Sequence[Buffer]]) -> None:
         serve = self._serve(request, answer, encode)
         self._waiting[request.unique] = self._loop.create_task(serve, name=str(request.pid))
+        if self._look_again is None:
+            self._look_again = self._loop.call_later(_LOOK_EVERY_S, self._let_go_of_the_killed)
 
     async def _serve(self, request: Request, answer: Awaitable[_T], encode: Callable[[_T], Sequence[Buffer]]) -> None:
         try:
-            self._reply(request.unique, *encode(await answer))
+            self._reply(request.unique, encode(await answer))
         except OSError as error:
             self._error(request.unique, error.errno or errno.EIO)
         except asyncio.CancelledError as cancelled:
@@ -293,9 +293,8 @@ class Session:
         finally:
             del self._waiting[request.unique]
 
-    def _reply(self, unique: int, *buffers: Buffer) -> None:
-        size_bytes = protocol.OUT_HEADER.size + sum(map(len, buffers))
-        self._write(unique, [protocol.OUT_HEADER.pack(size_bytes, 0, unique), *buffers])
+    def _reply(self, unique: int, buffers: Sequence[Buffer] = ()) -> None:
+        self._write(unique, [protocol.encode_head(unique, protocol.total_bytes(buffers)), *buffers])
 
     def _error(self, unique: int, number: int) -> None:
         self._write(unique, [protocol.encode_error(unique, number)])
@@ -323,16 +322,19 @@ class Session:
             self.closed.set()
 
 
+_PF_EXITING = 4
 _KILLED = "the process that waited is being killed"
 
 
 def _is_being_killed(thread_id: int) -> bool:
-    """Whether SIGKILL is pending for a thread. The kernel turns every other deadly signal into that one."""
-    if thread_id == 0:
-        return False  # in a pid namespace that we cannot see into
+    """Whether a thread is on its way out: SIGKILL pending, or past that (proc_pid_stat(5), `signal` and `flags`).
+
+    The kernel turns every deadly signal into SIGKILL for each thread of the process. A thread that cannot be found says
+    nothing: another one of its process may wait for what it asked for, or it lives in another pid namespace (0).
+    """
     try:
-        status = Path(f"/proc/{thread_id}/status").read_text(encoding="utf-8", errors="replace")
+        stat = Path(f"/proc/{thread_id}/stat").read_text(encoding="utf-8", errors="replace")
     except (FileNotFoundError, ProcessLookupError):
-        return True
-    pending = (line.split()[1] for line in status.splitlines() if line.startswith(("SigPnd:", "ShdPnd:")))
-    return any(int(mask, 16) & _SIGKILL_BIT for mask in pending)
+        return False
+    fields = stat.rpartition(")")[2].split()
+    return bool(int(fields[6]) & _PF_EXITING or int(fields[28]) & 1 << signal.SIGKILL - 1)

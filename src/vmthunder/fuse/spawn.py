@@ -60,6 +60,6 @@ def spawn_keeper(
 def _failure(exit_code: int, log: Path | None, logged_bytes: int) -> Failure:
     lines = log.read_bytes()[logged_bytes:].decode(errors="replace").split("\n") if log else []
     last = next((line for line in reversed(lines) if line.strip()), f"the agent ended with status {exit_code}")
-    failure = Failure(last)
+    failure = Failure(last.removeprefix("vmthunder: "))
     failure.exit_code = exit_code if exit_code > 0 else Failure.exit_code
     return failure

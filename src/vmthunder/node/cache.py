@@ -55,7 +55,7 @@ class ChunkCache:
         NotPermitted, NoSpace: it cannot be made.
     """
 
-    def __init__(self, directory: Path, quota_bytes: int) -> None:
+    def __init__(self, directory: Path, quota_bytes: int, *, lock_timeout_s: float = LOCK_TIMEOUT_S) -> None:
         self.directory = directory
         self.corrupt = 0
         """Files that did not hold the chunk they are named for."""
@@ -69,10 +69,10 @@ class ChunkCache:
         self._scratch = _Scratch()
         try:
             (directory / "chunks").mkdir(parents=True, exist_ok=True)
-            (directory / "tmp").mkdir(exist_ok=True)
+            (directory / "chunks" / "tmp").mkdir(exist_ok=True)
             for prefix in range(256):
                 (directory / "chunks" / f"{prefix:02x}").mkdir(exist_ok=True)
-            self._lock_fd = _take(directory / "lock")
+            self._lock_fd = _take(directory / "lock", lock_timeout_s)
         except OSError as error:
             raise _said(error, f"chunk cache {directory} cannot be used: {error.strerror}") from None
         self._fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -84,8 +84,8 @@ class ChunkCache:
 
     def recover(self) -> None:
         """Find out what is here, remove the litter of a crash. Call once, before anything else."""
-        for entry in os.scandir(self.directory / "tmp"):
-            self._unlink(f"tmp/{entry.name}")
+        for entry in os.scandir(self.directory / "chunks" / "tmp"):
+            self._unlink(f"chunks/tmp/{entry.name}")
         found: list[tuple[bool, int, ChunkId, int]] = []
         strangers: list[str] = []
         for prefix in range(256):
@@ -209,7 +209,7 @@ class ChunkCache:
 
     def _write(self, chunk_id: ChunkId, data: Buffer, mode: int) -> None:
         place = _place(chunk_id)
-        temporary = f"tmp/{place[-64:]}"
+        temporary = f"chunks/tmp/{place[-64:]}"
         try:
             flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
             descriptor = os.open(temporary, flags, mode, dir_fd=self._fd)
@@ -246,14 +246,14 @@ def _place(chunk_id: ChunkId) -> str:
     return f"chunks/{name[:2]}/{name}"
 
 
-def _take(path: Path) -> int:
+def _take(path: Path, timeout_s: float) -> int:
     """Lock the directory for this process.
 
     A POSIX lock, not flock: it ends with the process although a thread of it that the kernel cannot end yet (one that
     pushes into a page cache) still has a copy of the descriptor.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    deadline = time.monotonic() + LOCK_TIMEOUT_S
+    deadline = time.monotonic() + timeout_s
     while True:
         try:
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -5,8 +5,8 @@ Both are only memories: a ref is replaced when the origin has another, a manifes
 each load.
 
 A name answers with what the origin says, at most REF_FRESH_S old. While the origin is away it answers with what it had
-last; a name that this node never saw waits. A manifest that is not on disk waits for the origin for ever, because a
-guest's read may depend on it; who cannot wait so long sets a time-out around it, as `find` does.
+last; a name that this node never saw waits, within the lookup time-out. A guest's read waits for a manifest for ever,
+whatever is wrong with the origin.
 
 Belongs to the event loop; files are read and written in threads.
 """
@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from vmthunder.errors import Corrupt, InvalidName, NotFound, NotPermitted, OriginUnavailable, VMThunderError
+from vmthunder.errors import Corrupt, InvalidName, NotFound, OriginUnavailable, VMThunderError
 from vmthunder.ids import Buffer, ImageId, ImageName, image_id, image_name, is_hex_digest
 from vmthunder.image.manifest import Manifest
 from vmthunder.node.backoff import delay_s
@@ -35,6 +35,9 @@ KNOWN_REF_WAIT_S = 2.0
 """How long the origin may take before a name that is known answers from memory."""
 MANIFESTS_KEPT_BYTES = 512 << 20
 NAMES_KEPT = 4096
+
+_WORTH_A_WAIT = OriginUnavailable
+"""What may pass while somebody opens an image; the rest he is told at once."""
 
 _T = TypeVar("_T")
 
@@ -81,20 +84,21 @@ class Catalogue:
         self._manifests: dict[ImageId, Manifest] = {}
         self._manifest_locks: dict[ImageId, asyncio.Lock] = {}
         self._waiting: dict[str, dict[str, Any]] = {}
+        self._last_failure = "the origin does not answer"
 
     async def find(self, text: str) -> Manifest:
         """The image that a name or 64 hexadecimal digits mean now.
 
         Raises:
-            InvalidName, NotFound; OriginUnavailable after the lookup time-out.
+            InvalidName, NotFound, NotPermitted, Corrupt; OriginUnavailable after the lookup time-out.
         """
         try:
             async with asyncio.timeout(self._lookup_timeout_s):
                 image = image_id(text) if is_hex_digest(text) else await self._image_id(image_name(text))
-                return await self.manifest(image)
+                return await self._manifest(image, _WORTH_A_WAIT)
         except TimeoutError:
             raise OriginUnavailable(
-                f"image {text} is not known on this node and the origin gave no answer for {self._lookup_timeout_s:g} s"
+                f"nobody could say for {self._lookup_timeout_s:g} s what image {text} is: {self._last_failure}"
             ) from None
 
     def name_of(self, image: ImageId) -> ImageName | None:
@@ -107,11 +111,11 @@ class Catalogue:
         return [entry | {"since_s": round(now_s - entry["since_s"], 3)} for entry in self._waiting.values()]
 
     async def manifest(self, image: ImageId) -> Manifest:
-        """The manifest of an image, from memory, disk or origin. Waits for ever if the origin is away.
+        """The manifest of an image that is open. Waits until the origin has it, however long that takes."""
+        return self._manifests.get(image) or await self._manifest(image, VMThunderError)
 
-        Raises:
-            NotFound: there is no such image.
-        """
+    async def _manifest(self, image: ImageId, wait_after: type[VMThunderError]) -> Manifest:
+        """From memory, disk or origin; goes on trying after failures of the kind `wait_after`."""
         found = self._manifests.get(image)
         if found is not None:
             return found
@@ -120,7 +124,7 @@ class Catalogue:
             found = self._manifests.get(image)
             if found is None:
                 try:
-                    found = self._manifests[image] = await self._load(image)
+                    found = self._manifests[image] = await self._load(image, wait_after)
                 finally:
                     # Who already waits for this lock has it; who comes now finds the manifest, or begins anew.
                     self._manifest_locks.pop(image, None)
@@ -147,7 +151,7 @@ class Catalogue:
         found: ImageId | None
         try:
             if known is None:
-                found = (await self._patiently(name, lambda: self._origin.ref(name))).image_id
+                found = (await self._patiently(name, lambda: self._origin.ref(name), _WORTH_A_WAIT)).image_id
             else:
                 async with asyncio.timeout(KNOWN_REF_WAIT_S):
                     found = (await self._origin.ref(name)).image_id
@@ -170,24 +174,25 @@ class Catalogue:
         await asyncio.to_thread(_remember, self._ref_dir / name, found and found.hex().encode())
         return found
 
-    async def _load(self, image: ImageId) -> Manifest:
+    async def _load(self, image: ImageId, wait_after: type[VMThunderError]) -> Manifest:
         path = self._manifest_dir / image.hex()
         found = await asyncio.to_thread(_read_manifest, path, image)
         if found is None:
-            found = await self._patiently(image.hex(), lambda: self._origin.manifest(image))
+            found = await self._patiently(image.hex(), lambda: self._origin.manifest(image), wait_after)
             await asyncio.to_thread(_remember, path, found.data)
             await asyncio.to_thread(_prune, self._manifest_dir)
         return found
 
-    async def _patiently(self, image: str, ask: Callable[[], Awaitable[_T]]) -> _T:
-        """Ask until the origin answers, if only with NotFound; show meanwhile who waits."""
+    async def _patiently(self, image: str, ask: Callable[[], Awaitable[_T]], wait_after: type[VMThunderError]) -> _T:
+        """Ask until the origin answers; show meanwhile who waits."""
         failures = 0
         try:
             while True:
                 try:
                     return await ask()
-                except (OriginUnavailable, NotPermitted, Corrupt) as error:
+                except wait_after as error:
                     failures += 1
+                    self._last_failure = str(error)
                     if image not in self._waiting:
                         log.warning("event=origin_wait image=%s reason=%s", image, error)
                         self._waiting[image] = {"image": image, "chunk": None, "since_s": time.monotonic()}

@@ -83,8 +83,9 @@ class S3Fifo:
         if not 0 < size_bytes <= min(self.quota_bytes, _SIZE_MASK):
             return None
         room = Room([], [], chunk_id in self._ghost or self._main_has_room(size_bytes))
+        small_limit = self._small_quota - (0 if room.to_main else size_bytes)
         while self.used_bytes + size_bytes > self.quota_bytes:
-            if self._small_bytes > self._small_quota or self._small_bytes == self.used_bytes:
+            if self._small_bytes > max(small_limit, 0) or self._small_bytes == self.used_bytes:
                 self._advance_small(room)
             else:
                 self._advance_main(room)

@@ -13,6 +13,7 @@ import asyncio
 import logging
 import random
 import time
+from collections import deque
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,15 +24,17 @@ from vmthunder.image.manifest import ChunkRow, Manifest
 from vmthunder.node.backoff import delay_s
 from vmthunder.node.cache import ChunkCache
 from vmthunder.node.decoded import DecodedChunks, Want
-from vmthunder.node.flight import Flight, Outcome, load, shares, slice_of, store, unpack, want_of
+from vmthunder.node.flight import Flight, Outcome, load, slice_of, store, unpack, want_of
 from vmthunder.node.source import ChunkSource, runs
 
 logger = logging.getLogger(__name__)
 
 MAX_REQUESTS = 16
 """Requests to sources at a time; with MAX_RUN_BYTES the bound of encoded bytes in memory."""
-LOADERS = 2
-"""Threads that load, verify and decode."""
+LOADERS = 4
+"""Threads that load, verify and decode. More than cores: files that are not in the page cache are waited for there."""
+NOW_CHUNKS = 3
+"""Chunks that are decoded on the loop's own thread at once: waking another one costs as much as decoding a chunk."""
 SLOW_S = 1.0
 """A flight that is as old as this is shown as one that somebody waits for."""
 _WRONG_BYTES = "the origin sends wrong bytes"
@@ -93,19 +96,23 @@ class Fetcher:
     def read_now(self, image: Manifest, rows: Sequence[ChunkRow]) -> list[Buffer] | None:
         """The slices of `rows`, if nothing must be waited for; else None, and `read` has them.
 
-        At most one chunk is decoded here, and only when its file is in the page cache: cheaper than waking a thread.
+        A few chunks are decoded here, if their files are in the page cache.
 
         Raises:
             CorruptChunk: what was published cannot be decoded.
         """
         wants = [want_of(image, row) for row in rows]
-        if all(want in self._decoded for want in wants):
+        missing = {want: row for want, row in zip(wants, rows, strict=True) if want not in self._decoded}
+        if not missing:
             return [self._recall(want) for want in wants]
-        if len(wants) > 1 or wants[0] in self._flights:
+        if len(missing) > NOW_CHUNKS or not missing.keys().isdisjoint(self._flights):
             return None
-        outcomes = load(self._cache, image, rows, wait=False)
-        self._loaded(rows, image, outcomes)
-        return [slice_of(outcome) for outcome in outcomes.values()] or None
+        outcomes = load(self._cache, image, deque(missing.values()), wait=False)
+        slices = None
+        if len(outcomes) == len(missing):  # asked before what was loaded may push it out
+            slices = [slice_of(outcomes[want]) if want in outcomes else self._recall(want) for want in wants]
+        self._loaded(image, missing.values(), outcomes)
+        return slices
 
     async def read(self, image: Manifest, rows: Sequence[ChunkRow]) -> list[Buffer]:
         """The slices of `rows`, in their order, however long it takes.
@@ -163,8 +170,8 @@ class Fetcher:
         for row in rows:
             (here if row.chunk_id in self._cache else away).append(row)
         flights: list[Flight] = []
-        for share in shares(here, LOADERS):
-            flights.append(flight := self._enter(image, share))
+        if here:
+            flights.append(flight := self._enter(image, here))
             self._launch(flight, self._load(flight))
         for run in runs(away):
             flights.append(flight := self._enter(image, run))
@@ -215,14 +222,27 @@ class Fetcher:
                 flight.landed.exception()  # marks it as seen: the last reader may have left
 
     async def _load(self, flight: Flight) -> None:
-        """From the chunk cache. Readers look elsewhere for what turns out not to be there."""
-        outcomes = await self._loop.run_in_executor(self._loaders, load, self._cache, flight.image, flight.rows)
+        """From the chunk cache. Readers look elsewhere for what turns out not to be there.
+
+        The loop's thread does its share where the files are in the page cache: two threads that decode side by side hand
+        the interpreter's lock to each other half as often as three.
+        """
+        todo = deque(flight.rows)
+        jobs = [self._loop.run_in_executor(self._loaders, load, self._cache, flight.image, todo)]
+        outcomes = load(self._cache, flight.image, todo, wait=False)
+        if todo:  # not in the page cache: a disk reads several files at a time
+            jobs += (
+                self._loop.run_in_executor(self._loaders, load, self._cache, flight.image, todo)
+                for _ in range(min(LOADERS, len(todo)) - 1)
+            )
+        for job in jobs:
+            outcomes.update(await job)
         # Before it lands: a chunk whose file was bad must not be found in flight by the readers that wake up now.
         self._leave(flight)
-        self._loaded(flight.rows, flight.image, outcomes)
+        self._loaded(flight.image, flight.rows, outcomes)
         self._land(flight, outcomes)
 
-    def _loaded(self, rows: Sequence[ChunkRow], image: Manifest, outcomes: Mapping[Want, Outcome]) -> None:
+    def _loaded(self, image: Manifest, rows: Iterable[ChunkRow], outcomes: Mapping[Want, Outcome]) -> None:
         for row in rows:
             if want_of(image, row) in outcomes:
                 self.stats.chunks_from_cache += 1

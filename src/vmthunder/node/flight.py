@@ -6,6 +6,7 @@ most of the time.
 """
 
 import asyncio
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
@@ -52,21 +53,25 @@ def slice_of(outcome: Outcome) -> Buffer:
     return outcome
 
 
-def shares(rows: Sequence[ChunkRow], count: int) -> list[Sequence[ChunkRow]]:
-    """At most `count` parts of about the same size, none empty."""
-    size = -(-len(rows) // count) or 1
-    return [rows[at : at + size] for at in range(0, len(rows), size)]
+def load(cache: ChunkCache, image: Manifest, todo: deque[ChunkRow], *, wait: bool = True) -> dict[Want, Outcome]:
+    """Chunks from the cache, decoded, without those that are not there after all.
 
-
-def load(cache: ChunkCache, image: Manifest, rows: Sequence[ChunkRow], *, wait: bool = True) -> dict[Want, Outcome]:
-    """Chunks from the cache, decoded, without those that are not there after all. `wait` as in `ChunkCache.load`."""
+    Several threads may take rows out of one `todo`, each the next one as it comes to it. Without `wait`, stops at the
+    first chunk that must be waited for, and leaves it.
+    """
     outcomes: dict[Want, Outcome] = {}
-    for row in rows:
+    while True:
+        try:
+            row = todo.popleft()
+        except IndexError:
+            return outcomes
         data = cache.load(row.chunk_id, wait=wait)
         if data is not None:
             want = want_of(image, row)
             outcomes[want] = _decoded(data, want)
-    return outcomes
+        elif not wait:
+            todo.appendleft(row)
+            return outcomes
 
 
 def unpack(image: Manifest, rows: Sequence[ChunkRow], buffers: Sequence[Buffer]) -> dict[Want, Outcome]:

@@ -16,7 +16,7 @@ import stat
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Protocol
 
-from vmthunder.errors import InvalidName, NotFound, OriginUnavailable
+from vmthunder.errors import InvalidName, NotFound, NotPermitted, OriginUnavailable, VMThunderError
 from vmthunder.fuse.protocol import Attr, DirEntry, Entry, Opened, Statfs
 from vmthunder.ids import Buffer
 from vmthunder.image.manifest import Manifest
@@ -79,9 +79,9 @@ class ImageFileSystem:
             manifest = await self._catalogue.find(os.fsdecode(name).removesuffix(SUFFIX))
         except (NotFound, InvalidName):
             raise OSError(errno.ENOENT, "no such image") from None
-        except OriginUnavailable as error:
-            log.warning("event=lookup_timed_out reason=%s", error)
-            raise OSError(errno.ETIMEDOUT, str(error)) from None
+        except VMThunderError as error:
+            log.warning("event=lookup_failed name=%s reason=%s", os.fsdecode(name), error)
+            raise OSError(_errno(error), str(error)) from None
         image = manifest.image_id
         node = self._state.look_up(
             image, manifest.virtual_bytes, self._catalogue.name_of(image), materialized=image in self._materialized
@@ -192,6 +192,13 @@ class ImageFileSystem:
 
 UNKNOWN_NUMBER = (1 << 32) - 1
 """Inode number in listings of what was not looked up yet; as in libfuse."""
+
+
+def _errno(error: VMThunderError) -> int:
+    """What open(2) says when an image cannot be looked up."""
+    if isinstance(error, OriginUnavailable):
+        return errno.ETIMEDOUT
+    return errno.EACCES if isinstance(error, NotPermitted) else errno.EIO
 
 
 def _file_attr(node: Node) -> Attr:

@@ -109,7 +109,8 @@ async def _serve(settings: AgentSettings, handoff: Handoff) -> Leave:
         how = await _told_to_leave(session, orders)
         log.info("event=leaving how=%s", how.name.lower())
         if how is Leave.STOP:
-            settings.socket.unlink(missing_ok=True)
+            for promise in (settings.socket, settings.mount_state_file):
+                promise.unlink(missing_ok=True)
     return how
 
 

@@ -6,6 +6,7 @@ depends only on the order of the chunks and on what the origin had.
 
 import asyncio
 from collections import deque
+from enum import Enum, auto
 from typing import Final, NamedTuple
 
 from vmthunder.ids import ChunkId, PackId
@@ -21,14 +22,23 @@ UPLOADS: Final = 2
 _NOT_YET: Final = PackId(b"")
 
 
+class Occurrence(Enum):
+    """Which one of a chunk's occurrences this is."""
+
+    NEW = auto()
+    """The first one ever: this run writes it."""
+    OLD = auto()
+    """The first one in this image; the origin had it."""
+    REPEATED = auto()
+
+
 class Place(NamedTuple):
     """Where a chunk is, or will be."""
 
     pack_number: int
     """In what `PackWriter.finish` returns."""
     offset: int
-    new: bool
-    """It is written by this run, and this is its first occurrence."""
+    occurrence: Occurrence
 
 
 class _Filling:
@@ -49,6 +59,10 @@ class PackWriter:
         self._filling: _Filling | None = None
         self._packs: list[PackId] = []
         self._numbers: dict[PackId, int] = {}
+        self._ours: set[int] = set()
+        """Numbers of the packs of this run."""
+        self._met: set[int] = set()
+        """Chunks of earlier packs that occurred: pack number << 32 | offset, so that a large image fits into memory."""
         self._coming: dict[ChunkId, Place] = {}
         """Chunks of packs that are not at the origin yet; all others are in `known`."""
         self._uploads: deque[asyncio.Task[None]] = deque()
@@ -66,16 +80,17 @@ class PackWriter:
             return coming
         known = self._known.find(chunk.chunk_id)
         if known is not None:
-            return Place(self._number(known.pack), known.offset, new=False)
+            return self._known_place(known.pack, known.offset)
         if self._filling is not None and self._filling.builder.size_bytes + len(chunk.data) > PACK_BYTES:
             await self._ship(self._filling)
         if self._filling is None:
             self._filling = _Filling(len(self._packs))
             self._packs.append(_NOT_YET)
+            self._ours.add(self._filling.number)
         offset = self._filling.builder.add(chunk.chunk_id, chunk.data)
         self._filling.entries.append(PackEntry(chunk.chunk_id, offset, len(chunk.data)))
-        self._coming[chunk.chunk_id] = Place(self._filling.number, offset, new=False)
-        return Place(self._filling.number, offset, new=True)
+        self._coming[chunk.chunk_id] = Place(self._filling.number, offset, Occurrence.REPEATED)
+        return Place(self._filling.number, offset, Occurrence.NEW)
 
     async def finish(self) -> list[PackId]:
         """All packs that were named, by their numbers, once all of them are at the origin. Raises as `place` does."""
@@ -91,12 +106,16 @@ class PackWriter:
             upload.cancel()
         await asyncio.gather(*self._uploads, return_exceptions=True)
 
-    def _number(self, pack: PackId) -> int:
+    def _known_place(self, pack: PackId, offset: int) -> Place:
         number = self._numbers.get(pack)
         if number is None:
             number = self._numbers[pack] = len(self._packs)
             self._packs.append(pack)
-        return number
+        key = number << 32 | offset
+        if number in self._ours or key in self._met:
+            return Place(number, offset, Occurrence.REPEATED)
+        self._met.add(key)
+        return Place(number, offset, Occurrence.OLD)
 
     async def _ship(self, full: _Filling) -> None:
         if len(self._uploads) == UPLOADS:

@@ -20,7 +20,7 @@ from vmthunder.origin.origin import Origin
 from vmthunder.origin.ref import Ref
 from vmthunder.publishing.download import Watch
 from vmthunder.publishing.encoding import encode_source
-from vmthunder.publishing.packing import PackWriter
+from vmthunder.publishing.packing import Occurrence, PackWriter
 from vmthunder.publishing.source import Source
 
 
@@ -81,8 +81,10 @@ async def publish(
                         place = await packs.place(encoded)
                         builder.add(index, encoded.chunk_id, len(encoded.data), place.pack_number, place.offset)
                         allocated_bytes += slice_bytes
-                        encoded_bytes += len(encoded.data)
-                        new_bytes += slice_bytes if place.new else 0
+                        if place.occurrence is not Occurrence.REPEATED:
+                            encoded_bytes += len(encoded.data)
+                        if place.occurrence is Occurrence.NEW:
+                            new_bytes += slice_bytes
                     if watch is not None:
                         watch(span.end, source.virtual_bytes)
             manifest = builder.finish(await packs.finish())

@@ -115,8 +115,8 @@ async def boot(
     except TimeoutError:
         guest.child.let_go()
         raise Failure(
-            f"vm {name} was not ready within {timeout_s:g} s: no {ready}. It goes on running: `vmthunder "
-            f"console {name}` shows it, `vmthunder destroy {name}` removes it{_last_words(directory)}"
+            f"vm {name} was not ready within {timeout_s:g} s (waited for {ready}). It goes on running: "
+            f"`vmthunder console {name}` shows it, `vmthunder destroy {name}` removes it{_last_words(directory)}"
         ) from None
     except BaseException as error:
         # After Ctrl-C too: a machine whose boot nobody waits for has no owner.

@@ -1,4 +1,8 @@
-"""A terminal attached to a guest's serial console, one at a time. Ctrl-] leaves. Blocking."""
+"""A terminal attached to a guest's serial console, one at a time. Ctrl-] leaves. Blocking.
+
+Both drivers write all that a guest says to its console log, so it is shown from there: what was said while nobody looked is
+not lost. Only what is typed goes through the console's socket (QEMU) or FIFO (user-mode Linux).
+"""
 
 import fcntl
 import os
@@ -6,12 +10,14 @@ import select
 import sys
 import termios
 import tty
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from vmthunder.errors import Conflict, Failure
 from vmthunder.vm import machine
+from vmthunder.vm.machine import Machine
+from vmthunder.vm.spec import Driver
 
 LEAVE = b"\x1d"
 SHOWN_BYTES = 2048
@@ -19,7 +25,7 @@ SHOWN_BYTES = 2048
 POLL_MS = 50
 
 
-def attach(directory: Path, stdin_fd: int = 0, stdout_fd: int = 1) -> None:
+def attach(vm: Machine, directory: Path, stdin_fd: int = 0, stdout_fd: int = 1) -> None:
     """Copy between the terminal and the console until Ctrl-], the end of the input, or the end of the guest.
 
     Raises:
@@ -30,59 +36,48 @@ def attach(directory: Path, stdin_fd: int = 0, stdout_fd: int = 1) -> None:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise Conflict(f"another console is attached to vm {directory.name}") from None
-        with (
-            (directory / machine.CONSOLE_LOG).open("rb") as log,
-            _keyboard(directory) as (send, is_gone),
-            _raw(stdin_fd),
-        ):
-            # Both drivers write all output to the log, so it is read there: nothing is lost between two consoles.
+            raise Conflict(f"another console is attached to vm {vm.name}") from None
+        with (directory / machine.CONSOLE_LOG).open("rb") as log, _keyboard(vm, directory) as keyboard, _raw(stdin_fd):
             log.seek(max(0, os.fstat(log.fileno()).st_size - SHOWN_BYTES))
             poll = select.poll()
             poll.register(stdin_fd, select.POLLIN)
+            if vm.driver == Driver.QEMU:
+                poll.register(keyboard, select.POLLIN)
             while True:
+                running = vm.running  # before the log is read, so that the last words are seen
                 while said := log.read(65536):
-                    _write_all(stdout_fd, said)
-                if is_gone():
+                    _write(stdout_fd, said)
+                if not running:
                     return
-                if poll.poll(POLL_MS):
-                    typed = os.read(stdin_fd, 4096)
-                    send(typed.partition(LEAVE)[0])
-                    if not typed or LEAVE in typed:
+                for fd, _ in poll.poll(POLL_MS):
+                    data = os.read(fd, 65536)
+                    if fd == keyboard:
+                        continue  # what the log has too; left unread, QEMU would wait for us
+                    try:
+                        _write(keyboard, data.partition(LEAVE)[0])
+                    except ConnectionError:
+                        continue  # it ended just now, which the next turn sees
+                    if not data or LEAVE in data:
                         return
 
 
 @contextmanager
-def _keyboard(directory: Path) -> Iterator[tuple[Callable[[bytes], None], Callable[[], bool]]]:
-    """How to type into the guest, and how to learn that it is gone."""
-    fifo = directory / machine.CONSOLE_FIFO
-    if fifo.exists():
-        try:
-            # Without a reader this fails at once instead of waiting for one.
-            keyboard = os.open(fifo, os.O_WRONLY | os.O_NONBLOCK)
-        except OSError:
-            raise Failure(f"vm {directory.name} does not run") from None
-        hung_up = select.poll()
-        hung_up.register(keyboard, 0)  # POLLERR: the last reader went away
-        try:
-            yield lambda data: _write_all(keyboard, data), lambda: bool(hung_up.poll(0))
-        finally:
-            os.close(keyboard)
-        return
+def _keyboard(vm: Machine, directory: Path) -> Iterator[int]:
+    """A descriptor that takes what is typed."""
     try:
-        sock = machine.connect(directory, machine.CONSOLE_SOCKET)
+        if not vm.running:
+            raise ConnectionError
+        if vm.driver == Driver.QEMU:
+            fd = machine.connect(directory, machine.CONSOLE_SOCKET).detach()
+        else:
+            # Without O_NONBLOCK this would wait for a reader.
+            fd = os.open(directory / machine.CONSOLE_FIFO, os.O_WRONLY | os.O_NONBLOCK)
     except OSError:
-        raise Failure(f"vm {directory.name} does not run") from None
-
-    def is_gone() -> bool:
-        # QEMU sends here what it also writes to the log: read it away, or QEMU waits for us.
-        while select.select([sock], [], [], 0)[0]:
-            if not sock.recv(65536):
-                return True
-        return False
-
-    with sock:
-        yield sock.sendall, is_gone
+        raise Failure(f"vm {vm.name} does not run; `vmthunder destroy {vm.name}` removes it") from None
+    try:
+        yield fd
+    finally:
+        os.close(fd)
 
 
 @contextmanager
@@ -100,7 +95,7 @@ def _raw(fd: int) -> Iterator[None]:
         termios.tcsetattr(fd, termios.TCSADRAIN, before)
 
 
-def _write_all(fd: int, data: bytes) -> None:
+def _write(fd: int, data: bytes) -> None:
     view = memoryview(data)
     while view:
         try:

@@ -34,6 +34,7 @@ AGENT_SOCKET = "agent.sock"
 SEED = "seed.iso"
 RECORD = "vm.json"
 
+_ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]{0,62}", re.ASCII)
 
 
@@ -189,16 +190,18 @@ def _at(directory: Path, name: str, operation: Any) -> socket.socket:
         os.close(handle)
 
 
-def last_lines(path: Path, count: int = 8, limit_bytes: int = 4096) -> list[str]:
-    """The end of a log, printable; nothing if there is none."""
+def last_lines(path: Path, count: int = 8, limit_bytes: int = 8192) -> list[str]:
+    """The end of a log, printable, or a kernel's panic rather than the trace after it; nothing if there is no log."""
     try:
         with path.open("rb") as log:
             log.seek(max(0, path.stat().st_size - limit_bytes))
             text = log.read().decode(errors="replace")
     except OSError:
         return []
-    lines = ("".join(c for c in line if c.isprintable()).strip() for line in text.splitlines())
-    return [line for line in lines if line][-count:]
+    lines = ("".join(c for c in _ANSI.sub("", line) if c.isprintable()).strip() for line in text.splitlines())
+    said = [line for line in lines if line]
+    panic = next((number for number, line in enumerate(said) if "Kernel panic" in line), len(said) - count)
+    return said[max(0, panic) :][:count]
 
 
 @contextmanager

@@ -134,10 +134,12 @@ def end_processes(directory: Path) -> None:
         Failure: a process hangs in the kernel.
     """
     deadline_s = time.monotonic() + END_TIMEOUT_S
+    killed = set()
     while pids := list(processes(directory)):
         for pid in pids:
             try:
                 os.kill(pid, signal.SIGKILL)
+                killed.add(pid)
             except ProcessLookupError:
                 continue
             except PermissionError:
@@ -147,3 +149,8 @@ def end_processes(directory: Path) -> None:
                 f"process {pids[0]} of {directory} does not die; it waits in the kernel, see /proc/{pids[0]}/stack"
             )
         time.sleep(0.01)
+    for pid in killed:
+        try:
+            os.waitpid(pid, 0)
+        except ChildProcessError:
+            pass  # started by another process, as nearly always

@@ -16,6 +16,8 @@ from vmthunder.vm.process import Child, start
 from vmthunder.vm.spec import Accel, Guest, Spec
 
 _log = logging.getLogger(__name__)
+# Whatever the library logs it also raises, and what it raises is told to the operator in our words.
+logging.getLogger("qemu.qmp").propagate = False
 
 OVERLAY = "overlay.qcow2"
 DEFAULT_APPEND = "root=/dev/vda1 rw console=ttyS0"
@@ -54,7 +56,7 @@ def command(name: str, accel: str, spec: Spec, sockets: dict[str, int]) -> list[
         *chardev("console", machine.CONSOLE_SOCKET, f",logfile={machine.CONSOLE_LOG},logappend=on"),
         "-serial", "chardev:console",
         "-drive", f"if=none,id={DISK},format=qcow2,file={OVERLAY},cache={spec.cache},discard=unmap",
-        "-device", f"virtio-blk-pci,drive={DISK},bootindex=0",
+        "-device", f"virtio-blk-pci,drive={DISK}{'' if spec.kernel else ',bootindex=0'}",
         "-drive", f"if=none,id=seed,format=raw,file={machine.SEED},read-only=on",
         "-device", "virtio-blk-pci,drive=seed",
         "-netdev", f"user,id=net{forwards}", "-device", "virtio-net-pci,netdev=net,romfile=",

@@ -1,7 +1,7 @@
 """User-mode Linux: a real Linux kernel as an ordinary process, with the image file as its disk. Belongs to one loop.
 
-It needs no emulator, boots in two seconds of CPU time, and keeps its own copy-on-write file. It is pinned to one CPU: it
-is single-threaded, and passes each disk request to a process of its own and back.
+It needs no emulator, boots in two seconds of CPU time, and keeps its own copy-on-write file. It is pinned to one CPU:
+it is single-threaded, and passes each disk request to a process of its own and back.
 """
 
 import os
