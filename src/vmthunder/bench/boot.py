@@ -16,7 +16,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any, Final
 
-from vmthunder.bench.link import Link, Rate
+from vmthunder.bench.link import Link
 from vmthunder.bench.machine import facts
 from vmthunder.bench.namespaces import isolate
 from vmthunder.bench.node import Node, compute_node, image_server, publish
@@ -24,6 +24,7 @@ from vmthunder.bench.processes import finish
 from vmthunder.bench.reader import warm
 from vmthunder.bench.rows import Figures, Round, medians, ratio, rotated, rounded
 from vmthunder.errors import CorruptFile, NotFound, Usage
+from vmthunder.lab.shaping import Rate
 from vmthunder.vm.backing import BackingImage
 from vmthunder.vm.boot import boot
 from vmthunder.vm.machine import Machines

@@ -7,11 +7,11 @@ import click
 from rich.table import Table
 
 from vmthunder.bench.boot import bench_boot
-from vmthunder.bench.link import Rate
 from vmthunder.bench.plot import plot_boot, require_plot
 from vmthunder.cli.output import console, emit, json_option, progress_console, size_text
 from vmthunder.cli.sizes import BYTES
 from vmthunder.image.chunk import check_chunk_bytes
+from vmthunder.lab.shaping import Rate
 
 
 @click.command()
