@@ -1,16 +1,19 @@
 """Real guests, built once per machine and shared by all test runs."""
 
 import json
+import os
+import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from conftest import repository
+from agents import eventually
+from conftest import VMTHUNDER, repository
 from vmthunder.vm.backing import BackingImage
 from vmthunder.vm.machine import Machines
 
@@ -63,12 +66,36 @@ def machines(tmp_path: Path) -> Iterator[Machines]:
         machines.destroy(name)
 
 
-def wait_until(condition: Callable[[], Any], timeout_s: float = 20) -> Any:
-    """The first true value of `condition`."""
-    import time
+@contextmanager
+def console(machines: Machines, name: str = "web") -> Iterator["subprocess.Popen[bytes]"]:
+    """`vmthunder console` as a process."""
+    command = [*VMTHUNDER, "console", name, "--state-dir", str(machines.state_dir)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
-    deadline_s = time.monotonic() + timeout_s
-    while not (value := condition()):
-        assert time.monotonic() < deadline_s, "timed out"
-        time.sleep(0.02)
-    return value
+
+def typed(command: str, expected: str, machines: Machines, name: str = "web") -> str:
+    """Type a command into the guest's console; what is shown until a line matches `expected`, the echo aside."""
+    with console(machines, name) as process:
+        assert process.stdin
+        assert process.stdout
+        os.set_blocking(process.stdout.fileno(), False)
+        shown = ""
+
+        def answered() -> bool:
+            nonlocal shown
+            shown += (process.stdout.read() or b"").decode(errors="replace")  # type: ignore[union-attr]
+            return any(re.search(expected, line) and command not in line for line in shown.splitlines())
+
+        # What is typed before the shell runs is lost.
+        eventually(lambda: answered() or "built-in shell" in shown, "a shell on the console")
+        process.stdin.write(command.encode() + b"\n")
+        process.stdin.flush()
+        eventually(answered, "an answer on the console")
+        process.stdin.write(b"\x1d")
+        process.stdin.flush()
+        assert process.wait(10) == 0
+        return shown

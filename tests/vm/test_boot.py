@@ -3,16 +3,13 @@
 import asyncio
 import os
 import signal
-import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from conftest import VMTHUNDER, RunCli, one_line
-from vm.conftest import GuestDisk, wait_until
+from conftest import RunCli, one_line
+from vm.conftest import GuestDisk, console, typed
 from vmthunder.errors import Conflict, Failure, Usage
 from vmthunder.vm.boot import BootReport, boot
 from vmthunder.vm.machine import Machines
@@ -151,40 +148,6 @@ def test_a_taken_name_costs_the_first_guest_nothing(machines: Machines, busybox:
 def test_a_pattern_that_is_none_is_refused() -> None:
     with pytest.raises(Usage, match="ready pattern"):
         ConsolePattern("(")
-
-
-@contextmanager
-def console(machines: Machines, name: str = "web") -> Iterator["subprocess.Popen[bytes]"]:
-    """`vmthunder console` as a process."""
-    command = [*VMTHUNDER, "console", name, "--state-dir", str(machines.state_dir)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
-
-
-def typed(command: str, expected: str, machines: Machines) -> str:
-    """Type a command into the guest's console; what is shown until a line contains `expected`, the echo aside."""
-    with console(machines) as process:
-        assert process.stdin
-        assert process.stdout
-        os.set_blocking(process.stdout.fileno(), False)
-        shown = ""
-
-        def answered() -> bool:
-            nonlocal shown
-            shown += (process.stdout.read() or b"").decode(errors="replace")  # type: ignore[union-attr]
-            return any(expected in line and command not in line for line in shown.splitlines())
-
-        wait_until(lambda: "built-in shell" in shown or answered() or "built-in shell" in shown)
-        process.stdin.write(command.encode() + b"\n")
-        process.stdin.flush()
-        wait_until(answered)
-        process.stdin.write(b"\x1d")
-        process.stdin.flush()
-        assert process.wait(10) == 0
-        return shown
 
 
 @both_drivers
