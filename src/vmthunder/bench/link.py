@@ -1,6 +1,7 @@
 """A network link of a stated rate between this process and a namespace that holds the server.
 
-A veth pair, shaped at both ends. The caller is in a network namespace of its own (`namespaces.isolate`), so the fixed addresses meet nobody.
+A veth pair, shaped at both ends. The caller is in a network namespace of its own (`namespaces.isolate`), so the fixed
+addresses meet nobody.
 """
 
 from functools import partial
