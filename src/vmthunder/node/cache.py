@@ -86,31 +86,34 @@ class ChunkCache:
         """Find out what is here, remove the litter of a crash. Call once, before anything else."""
         for entry in os.scandir(self.directory / "chunks" / "tmp"):
             self._unlink(f"chunks/tmp/{entry.name}")
-        found: list[tuple[bool, int, ChunkId, int]] = []
+        main: list[tuple[int, ChunkId, int]] = []
+        small: list[tuple[int, ChunkId, int]] = []
         strangers: list[str] = []
-        for prefix in range(256):
-            for entry in os.scandir(self.directory / "chunks" / f"{prefix:02x}"):
-                name = entry.name
-                info = entry.stat(follow_symlinks=False)
-                if not (stat.S_ISREG(info.st_mode) and is_hex_digest(name) and int(name[:2], 16) == prefix):
+        for prefix in (f"{number:02x}" for number in range(256)):
+            for entry in os.scandir(self.directory / "chunks" / prefix):
+                name, info = entry.name, entry.stat(follow_symlinks=False)
+                if not (stat.S_ISREG(info.st_mode) and is_hex_digest(name) and name.startswith(prefix)):
                     strangers.append(entry.path)
-                elif not 0 < info.st_size <= MAX_CHUNK_BYTES:
+                    continue
+                chunk_id = ChunkId(bytes.fromhex(name))
+                if not 0 < info.st_size <= MAX_CHUNK_BYTES:
                     self.corrupt += 1
-                    self._unlink(_place(ChunkId(bytes.fromhex(name))))
-                else:
-                    small = bool(info.st_mode & stat.S_IWUSR)
-                    found.append((small, info.st_mtime_ns, ChunkId(bytes.fromhex(name)), info.st_size))
+                    self._unlink(_place(chunk_id))
+                    continue
+                queue = small if info.st_mode & stat.S_IWUSR else main
+                queue.append((info.st_mtime_ns, chunk_id, info.st_size))
         if strangers:
             logger.warning("chunk cache: left alone what is not ours: count=%d first=%s", len(strangers), strangers[0])
-        found.sort()
-        for small, _, chunk_id, size_bytes in found:
-            room = self._queues.make_room(chunk_id, size_bytes)
-            if room is None:
-                self._unlink(_place(chunk_id))
-                continue
-            for victim in room.evicted:
-                self._unlink(_place(victim))
-            self._queues.add(chunk_id, size_bytes, to_main=room.to_main or not small)
+        for queue in (main, small):
+            queue.sort()  # in the order in which it was filled
+            for _, chunk_id, size_bytes in queue:
+                room = self._queues.make_room(chunk_id, size_bytes)
+                if room is None:
+                    self._unlink(_place(chunk_id))
+                    continue
+                for victim in room.evicted:
+                    self._unlink(_place(victim))
+                self._queues.add(chunk_id, size_bytes, to_main=room.to_main or queue is main)
 
     def __contains__(self, chunk_id: ChunkId) -> bool:
         return chunk_id in self._queues
