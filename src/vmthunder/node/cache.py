@@ -21,6 +21,7 @@ import stat
 import threading
 import time
 from contextlib import suppress
+from operator import itemgetter
 from pathlib import Path
 
 from vmthunder.errors import Conflict, Failure, NoSpace, NotPermitted, VMThunderError
@@ -105,7 +106,7 @@ class ChunkCache:
         if strangers:
             logger.warning("chunk cache: left alone what is not ours: count=%d first=%s", len(strangers), strangers[0])
         for queue in (main, small):
-            queue.sort()  # in the order in which it was filled
+            queue.sort(key=itemgetter(0))  # in the order in which it was filled
             for _, chunk_id, size_bytes in queue:
                 room = self._queues.make_room(chunk_id, size_bytes)
                 if room is None:

@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from operator import attrgetter
 
 from vmthunder.errors import CorruptChunk, OriginUnavailable, VMThunderError
 from vmthunder.ids import Buffer
@@ -155,7 +156,7 @@ class Fetcher:
                 "why": flight.why,
                 "failures": flight.failures,
             }
-            for flight in dict.fromkeys(self._flights.values())
+            for flight in sorted(set(self._flights.values()), key=attrgetter("since_s"))
             if not flight.landed.done() and (flight.failures or now_s - flight.since_s >= SLOW_S)
         ]
 
