@@ -9,6 +9,8 @@ import ctypes
 import os
 
 from vmthunder.errors import NotPermitted
+from vmthunder.fuse import libc
+from vmthunder.fuse.mounts import KIND, parse_mountinfo
 from vmthunder.lab.namespaces import raise_loopback
 
 # include/uapi/linux/sched.h, include/uapi/linux/mount.h
@@ -31,6 +33,10 @@ def isolate() -> None:
     _check(_libc.unshare(_CLONE_NEWNS | _CLONE_NEWNET), "unshare mount and network namespaces")
     # Without this, mounts of the benchmark would propagate to the host on machines whose / is shared.
     _check(_libc.mount(b"none", b"/", None, _MS_REC | _MS_PRIVATE, None), "make mounts private")
+    # Our copies of other agents' mounts would keep those alive after their agents have unmounted them.
+    for mounted in parse_mountinfo(Path("/proc/self/mountinfo").read_text(errors="surrogateescape")):
+        if mounted.kind == KIND:
+            libc.umount2(mounted.mountpoint, libc.MNT_DETACH)
     raise_loopback()
 
 

@@ -148,14 +148,15 @@ def _nbd_mount(program: str, options: Sequence[str], raw: Path, directory: Path)
     """An NBD server on the raw file, and nbdfuse, which shows its export as a file."""
     directory.mkdir()
     file = directory / "nbd"
-    socket = directory.with_suffix(".sock")
-    argv = [program, *(option.format(socket=socket, raw=raw) for option in options)]
-    with running(program, argv, directory.with_suffix(".log")) as server:
-        server.wait_until(socket.exists, _START_S)
-        argv = ["nbdfuse", "--readonly", str(directory), f"nbd+unix:///?socket={socket}"]
-        with running("nbdfuse", argv, directory.with_suffix(".nbdfuse.log")) as mount:
-            mount.wait_until(file.exists, _START_S)
-            yield Target(file, (server.pid, mount.pid))
+    with tempfile.TemporaryDirectory(prefix="vmthunder-") as run_dir:  # short enough for a unix socket's path
+        socket = Path(run_dir, "nbd.sock")
+        argv = [program, *(option.format(socket=socket, raw=raw) for option in options)]
+        with running(program, argv, directory.with_suffix(".log")) as server:
+            server.wait_until(socket.exists, _START_S)
+            argv = ["nbdfuse", "--readonly", str(directory), f"nbd+unix:///?socket={socket}"]
+            with running("nbdfuse", argv, directory.with_suffix(".nbdfuse.log")) as mount:
+                mount.wait_until(file.exists, _START_S)
+                yield Target(file, (server.pid, mount.pid))
 
 
 def _measure(name: str, way: Way, size_bytes: int) -> Figures:
