@@ -7,6 +7,7 @@ one thread.
 
 import ctypes
 import os
+from pathlib import Path
 
 from vmthunder.errors import NotPermitted
 from vmthunder.fuse import libc
