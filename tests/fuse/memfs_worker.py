@@ -104,7 +104,6 @@ class MemoryFiles:
 
 async def serve(directory: Path, handoff: Handoff) -> Leave:
     files = MemoryFiles(directory)
-    files.trace.write(b"worker %d %s\n" % (os.getpid(), handoff.cause.encode()))
     loop = asyncio.get_running_loop()
     session = files.session = Session(handoff.fuse_fd, handoff.negotiated, files, loop)
     leave: asyncio.Future[Leave] = loop.create_future()
@@ -117,6 +116,7 @@ async def serve(directory: Path, handoff: Handoff) -> Leave:
         files.trace.write(b"pushed\n")
 
     loop.add_signal_handler(signal.SIGUSR2, lambda: threading.Thread(target=push_all, daemon=True).start())
+    files.trace.write(b"worker %d %s\n" % (os.getpid(), handoff.cause.encode()))  # signals are obeyed from here on
     session.start(resend=handoff.cause is Cause.DEATH)
     handoff.ready()
     gone = asyncio.create_task(session.closed.wait())

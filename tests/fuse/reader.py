@@ -2,7 +2,7 @@
 
     python reader.py FILE SOURCE SEED buffered|direct
 
-Prints how many reads it did; ends with status 1 and one line at the first wrong byte or error.
+Says so on standard error after the first read, and prints how many reads it did; ends with status 1 and one line at the first wrong byte or error.
 """
 
 import mmap
@@ -36,6 +36,8 @@ def main(path: str, source: str, seed: str, how: str) -> str | None:
         if buffer[:read] != expected[offset : offset + size]:
             return f"read {reads} of {size} bytes at {offset}: {read} bytes, not those of the source"
         reads += 1
+        if reads == 1:
+            print("reading", file=sys.stderr, flush=True)
     print(reads)
     return None
 

@@ -51,7 +51,7 @@ class Keeper:
         self.undead: set[int] = set()
         """Earlier workers of which a thread still hangs in the kernel."""
         self.stop_asked = False
-        self.worker_oom_score_adj = _swap("/proc/self/oom_score_adj", "-1000")
+        self.worker_oom_score_adj = _leave_to_the_last()
 
     def run(self) -> int:
         """Until a worker says stop, or the first one says why it cannot start. Returns our exit status.
@@ -110,7 +110,9 @@ class Keeper:
         finally:
             os.close(worker_ready_fd)
         self.worker = _Worker(pid, os.pidfd_open(pid), ready_fd)
-        _swap(f"/proc/{pid}/oom_score_adj", self.worker_oom_score_adj)
+        if self.worker_oom_score_adj is not None:
+            with open(f"/proc/{pid}/oom_score_adj", "w", encoding="ascii") as setting:
+                setting.write(self.worker_oom_score_adj)
         if self.stop_asked:
             self.ask_to_stop()  # it was asked before there was a worker to tell
         return self.worker
@@ -165,16 +167,15 @@ def _status(pid: int) -> int | None:
     return os.waitstatus_to_exitcode(int(fields[49]))
 
 
-def _swap(path: str, text: str) -> str:
-    """Write a setting of a process; the text that was there before. One that is refused is said and left."""
-    before = text
+def _leave_to_the_last() -> str | None:
+    """Keep the out-of-memory killer away from us; what its setting was before, which is good for workers."""
     try:
-        with open(path, encoding="ascii") as setting:
+        with open("/proc/self/oom_score_adj", "r+", encoding="ascii") as setting:
             before = setting.read().strip()
-        with open(path, "w", encoding="ascii") as setting:
-            setting.write(text)
+            setting.write("-1000")
     except OSError as error:
-        say(f"cannot write {text} to {path}: {error.strerror}")
+        say(f"cannot keep the out-of-memory killer away from the keeper: {error.strerror}")
+        return None
     return before
 
 

@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 _BATCH = 64
 """Requests answered in one turn of the loop; then others have theirs."""
 _LOOK_EVERY_S = 0.5
-_GONE = {errno.ENODEV, errno.ECONNABORTED, errno.EPERM, errno.EBADF}
+_GONE = {errno.ENODEV, errno.ECONNABORTED}
 
 _AT_HAND = (list, tuple)
 
@@ -179,6 +179,8 @@ class Session:
             except OSError as error:
                 if error.errno == errno.ENOENT:
                     continue  # its process was killed while we read it
+                if error.errno not in _GONE:
+                    raise
                 self._lost(error)
                 return
             # Every request is taken apart as a READ first: nearly all are, and the others have room for it too.

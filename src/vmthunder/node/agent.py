@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 from vmthunder.errors import Conflict, Failure, MissingTool, NotPermitted, Usage
 from vmthunder.fuse import mounts
-from vmthunder.fuse.spawn import spawn_keeper
+from vmthunder.fuse.spawn import keeper_command, spawn_keeper
 from vmthunder.node import ownership
 from vmthunder.node.control import AgentClient
 from vmthunder.node.settings import AgentSettings
@@ -27,8 +27,7 @@ def run(settings: AgentSettings) -> NoReturn:
     os.set_inheritable(nobody, True)
     sys.stdout.flush()
     sys.stderr.flush()
-    command = [sys.executable, "-m", "vmthunder.fuse.keeper", str(settings.mount), str(nobody)]
-    os.execv(sys.executable, command + _worker_command(settings))
+    os.execv(sys.executable, keeper_command(settings.mount, nobody, _worker_command(settings)))
 
 
 def run_detached(settings: AgentSettings) -> dict[str, Any]:
