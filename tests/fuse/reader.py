@@ -2,7 +2,8 @@
 
     python reader.py FILE SOURCE SEED buffered|direct
 
-Says so on standard error after the first read, and prints how many reads it did; ends with status 1 and one line at the first wrong byte or error.
+Says so on standard error after the first read, and prints how many reads it did; ends with status 1 and one line at the
+first wrong byte or error.
 """
 
 import mmap
