@@ -99,8 +99,12 @@ class Lab:
         return child
 
     def reader(self, path: Path, source: Path, seed: int = 1, how: str = "buffered") -> "subprocess.Popen[str]":
-        """Reads at random and compares, until `finish`."""
-        return self.child(sys.executable, READER, path, source, seed, how)
+        """Reads at random and compares, until `finish`; it has begun when this returns."""
+        child = self.child(sys.executable, READER, path, source, seed, how)
+        assert child.stderr is not None
+        line = child.stderr.readline()
+        assert line == "reading\n", line + child.communicate(timeout=5)[1]
+        return child
 
     def holder(self, path: Path) -> "subprocess.Popen[str]":
         """Has the file open when this returns; after `finish` it has read it and printed the SHA-256."""
@@ -155,7 +159,7 @@ class Agent:
 
     def __init__(self, directory: Path, origin: str, options: dict[str, object]) -> None:
         self.directory = directory
-        self.run_dir = directory / "run"
+        self.run_dir = Path(str(options.pop("run_dir", directory / "run")))
         self.state_dir = Path(str(options.pop("state_dir", directory / "state")))
         self.mount = directory / "images"
         self.client = AgentClient(self.run_dir / "agent.sock")
@@ -212,6 +216,14 @@ class Agent:
             with suppress(OSError):
                 mounts.abort(mounted.connection)
             libc.umount2(str(self.mount), libc.MNT_FORCE | libc.MNT_DETACH)
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs; one that only waits to be reaped does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 def _is_ours(pid: int, directory: Path) -> bool:

@@ -19,7 +19,7 @@ def test_random_and_concurrent_reads_give_the_bytes_that_were_published(lab: Lab
     readers = [lab.reader(agent.path("debian-12"), source, seed, "buffered") for seed in range(2)]
     readers += [lab.reader(agent.path("debian-12"), source, seed, "direct") for seed in range(2)]
     time.sleep(1.5)
-    assert all(int(reads) > 10 for reads in finish(readers))
+    assert all(int(reads) > 0 for reads in finish(readers))
 
 
 def test_an_image_of_one_byte_and_one_of_zeros_only(lab: Lab) -> None:

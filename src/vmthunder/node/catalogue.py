@@ -158,6 +158,8 @@ class Catalogue:
         except NotFound:
             found = None
         except (TimeoutError, VMThunderError) as error:
+            if known is None:
+                raise
             if name not in self._from_memory:
                 log.warning("event=ref_from_memory image=%s reason=%s", name, error or "the origin does not answer")
                 self._from_memory.add(name)

@@ -46,14 +46,14 @@ class Node:
 class MountState:
     """The nodes of one mount, and the file that keeps them."""
 
-    def __init__(self, path: Path, *, now: float | None = None) -> None:
-        """The state of a new mount; replaces what an earlier one left."""
+    def __init__(self, path: Path, *, now_s: float | None = None) -> None:
+        """The state of a new mount, not yet on disk."""
         self._path = path
         self._nodes: dict[int, Node] = {}
         self._by_image: dict[tuple[ImageId, bool], Node] = {}
         self._next = ROOT + 1
         """The next number for a node or a handle; none is used twice."""
-        self.mounted_at = time.time() if now is None else now
+        self.mounted_at = time.time() if now_s is None else now_s
         """Wall clock, seconds."""
 
     @classmethod

@@ -73,5 +73,5 @@ class AgentSettings:
             fields = json.loads(text)
             fields.update((key, Path(fields[key])) for key in ("mount", "state_dir", "run_dir"))
             return cls(**fields)
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise Usage(f"these are not the settings of an agent: {error!r}") from None

@@ -132,13 +132,15 @@ async def _told_to_leave(session: Session, orders: "asyncio.Queue[Leave]") -> Le
 
 
 def _mount_state(settings: AgentSettings, handoff: Handoff) -> MountState:
-    if handoff.cause is Cause.START:
-        return MountState(settings.mount_state_file)
-    try:
-        return MountState.load(settings.mount_state_file)
-    except CorruptFile as error:
-        log.critical("event=mount_state_lost reason=%s", error)  # Guests get ESTALE; new opens work.
-        return MountState(settings.mount_state_file)
+    path = settings.mount_state_file
+    if handoff.cause is not Cause.START:
+        try:
+            return MountState.load(path)
+        except CorruptFile as error:
+            log.critical("event=mount_state_lost reason=%s", error)  # Open files get ESTALE; new opens work.
+    state = MountState(path)
+    state.save()  # Another mount's must not be found here, should this worker die before its first promise.
+    return state
 
 
 def _die_of(_loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
