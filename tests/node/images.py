@@ -1,6 +1,7 @@
 """Images in memory and a source of their chunks that does as a test tells it."""
 
 import asyncio
+import os
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from vmthunder.ids import ChunkId, ImageId, PackId, digest
 from vmthunder.image.chunk import encode
 from vmthunder.image.manifest import ChunkRow, Manifest, ManifestBuilder
 from vmthunder.image.pack import PackBuilder
+from vmthunder.node.cache import ChunkCache
 
 CHUNK_BYTES = 4096
 
@@ -102,3 +104,12 @@ async def settled(condition: Callable[[], object], deadline_s: float = 10.0) -> 
     async with asyncio.timeout(deadline_s):
         while not condition():
             await asyncio.sleep(0.001)
+
+
+def make_cold(cache: ChunkCache, *ids: ChunkId) -> None:
+    """Take the files of chunks out of the page cache."""
+    for name in map(bytes.hex, ids):
+        descriptor = os.open(cache.directory / "chunks" / name[:2] / name, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)

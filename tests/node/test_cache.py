@@ -12,6 +12,7 @@ import pytest
 
 from node import committer
 from node.committer import content
+from node.images import make_cold
 from vmthunder.errors import Conflict, Failure, NoSpace, NotPermitted
 from vmthunder.ids import ChunkId, digest
 from vmthunder.node.cache import ChunkCache
@@ -152,10 +153,7 @@ def test_a_load_that_may_not_wait_answers_only_from_the_page_cache(directory: Pa
         data = cache.load(chunk_id, wait=False)
         assert data is not None
         assert data == content(1)
-        descriptor = os.open(file_of(directory, chunk_id), os.O_RDONLY)
-        os.fsync(descriptor)
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        os.close(descriptor)
+        make_cold(cache, chunk_id)
         assert cache.load(chunk_id, wait=False) is None
         assert chunk_id in cache
         assert loaded(cache, chunk_id) == content(1)

@@ -1,20 +1,22 @@
 import asyncio
+import gc
 import logging
 import random
+import threading
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
 
 import pytest
 
-from node.images import CHUNK_BYTES, Image, Packs, random_image, settled
+from node.images import CHUNK_BYTES, Image, Packs, make_cold, random_image, settled
 from vmthunder.errors import CorruptChunk, NotFound, OriginUnavailable
 from vmthunder.ids import ChunkId, PackId, digest
 from vmthunder.image.chunk import encode
 from vmthunder.image.manifest import ChunkRow, encode_manifest
 from vmthunder.node.cache import ChunkCache
 from vmthunder.node.decoded import DecodedChunks
-from vmthunder.node.fetch import MAX_REQUESTS, Fetcher
+from vmthunder.node.fetch import LOADERS, MAX_REQUESTS, Fetcher
 from vmthunder.node.source import OriginSource
 
 pytestmark = pytest.mark.asyncio
@@ -321,6 +323,25 @@ async def test_a_single_chunk_in_the_page_cache_is_read_without_a_wait(nodes: No
     assert (node.fetcher.stats.chunks_from_cache, node.decoded.hits) == (1, 1)
 
 
+async def test_a_chunk_that_is_being_loaded_is_not_decoded_a_second_time(nodes: Nodes, image: Image) -> None:
+    node = nodes(image)
+    await node.read(image, 0, 4)
+    await node.idle()
+    node = nodes(like=node)
+    free = threading.Event()
+    for _ in range(LOADERS):
+        node.fetcher._loaders.submit(free.wait)
+    make_cold(node.cache, *(row.chunk_id for row in image.rows(0, 4)))
+    readers = [node.start(image, 0, 4), node.start(image, 2, 2)]
+    await settled(lambda: node.fetcher._flights)
+    for row in image.rows(0, 4):
+        assert node.cache.load(row.chunk_id)  # in the page cache again
+    assert node.fetcher.read_now(image.manifest, image.rows(1, 1)) is None
+    free.set()
+    assert await asyncio.gather(*readers) == [image.slices(0, 4), image.slices(2, 2)]
+    assert node.fetcher.stats.chunks_decoded == 4
+
+
 async def test_a_chunk_that_was_published_broken_fails_every_reader_and_only_them(nodes: Nodes) -> None:
     broken = b"not a zstd frame"
     good = encode(b"good" * 1024)
@@ -358,6 +379,21 @@ async def test_a_bug_reaches_every_reader_and_the_log_and_the_next_read_tries_ag
     assert messages(caplog) == ["flight failed"]
     node.packs.answer = node.packs.honest
     assert await node.read(image, 0, 2) == image.slices(0, 2)
+
+
+async def test_a_bug_that_nobody_waits_for_is_logged_once(
+    nodes: Nodes, image: Image, caplog: pytest.LogCaptureFixture
+) -> None:
+    node = nodes(image)
+    node.packs.answer = lambda *_: raise_(ZeroDivisionError())
+    with node.packs.hold():
+        reader = node.start(image, 0)
+        await settled(lambda: node.packs.now == 1)
+        reader.cancel()
+        await asyncio.wait([reader])
+    await node.idle()
+    gc.collect()  # asyncio complains of an error that nobody looked at when the future goes away
+    assert messages(caplog) == ["flight failed"]
 
 
 async def test_one_chunk_id_in_images_of_two_chunk_sizes(nodes: Nodes) -> None:

@@ -1,4 +1,3 @@
-import os
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -6,8 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from node.images import Image, random_image
-from vmthunder.image.manifest import ChunkRow
+from node.images import Image, make_cold, random_image
 from vmthunder.node.cache import ChunkCache
 from vmthunder.node.flight import load
 
@@ -27,18 +25,9 @@ def cache(tmp_path: Path, image: Image) -> Iterator[ChunkCache]:
     cache.close()
 
 
-def make_cold(cache: ChunkCache, row: ChunkRow) -> None:
-    """Take a chunk's file out of the page cache."""
-    name = row.chunk_id.hex()
-    descriptor = os.open(cache.directory / "chunks" / name[:2] / name, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-    os.close(descriptor)
-
-
 def test_whoever_may_not_wait_leaves_a_cold_chunk_and_all_after_it_to_others(cache: ChunkCache, image: Image) -> None:
     rows = image.rows(0, 8)
-    make_cold(cache, rows[3])
+    make_cold(cache, rows[3].chunk_id)
     todo = deque(rows)
     assert list(load(cache, image.manifest, todo, wait=False).values()) == image.slices(0, 3)
     assert list(todo) == rows[3:]
