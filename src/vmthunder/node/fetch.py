@@ -231,15 +231,14 @@ class Fetcher:
         todo = deque(flight.rows)
         jobs = [self._loop.run_in_executor(self._loaders, load, self._cache, flight.image, todo)]
         outcomes = load(self._cache, flight.image, todo, wait=False)
-        if todo:  # not in the page cache: a disk reads several files at a time
-            jobs += (
-                self._loop.run_in_executor(self._loaders, load, self._cache, flight.image, todo)
-                for _ in range(min(LOADERS, len(todo)) - 1)
-            )
+        # What is left is not in the page cache, and a disk reads several files at a time. One job more than there seems
+        # to be a need for: the first may have found nothing to do in the moment when the loop held the last row.
+        jobs += (
+            self._loop.run_in_executor(self._loaders, load, self._cache, flight.image, todo)
+            for _ in range(min(LOADERS - 1, len(todo)))
+        )
         for job in jobs:
             outcomes.update(await job)
-        # Before it lands: a chunk whose file was bad must not be found in flight by the readers that wake up now.
-        self._leave(flight)
         self._loaded(flight.image, flight.rows, outcomes)
         self._land(flight, outcomes)
 
