@@ -11,8 +11,10 @@ from vmthunder.ids import ImageId, PackId, digest, image_name
 from vmthunder.image.chunk import encode
 from vmthunder.image.manifest import ManifestBuilder
 from vmthunder.image.pack import PackBuilder
+from vmthunder.origin.damage import trusted
 from vmthunder.origin.origin import Origin, pack_key
 from vmthunder.origin.ref import Ref
+from vmthunder.origin.verify import verify_image
 
 NAME = image_name("debian-12")
 CHUNKS = [encode(bytes([n]) * 65536) for n in range(1, 6)]
@@ -143,3 +145,14 @@ def test_an_origin_for_reading_says_so(place: Place, run: asyncio.Runner) -> Non
             run.run(origin.put("refs/x", b""))
         with pytest.raises(NotPermitted, match="can only be read"):
             run.run(origin.delete("refs/x"))
+
+
+def test_damage_found_where_it_can_be_written_down_is_not_built_upon(place: Place, run: asyncio.Runner) -> None:
+    writer = place.open_writer()
+    _, pack, data = run.run(publish(writer))
+    run.run(writer.put(pack_key(pack), bytes([data[0] ^ 1]) + data[1:]))
+    found = run.run(verify_image(place.open(), NAME))
+    assert [damage.index for damage in found.damaged] == [0]
+    assert found.footers == ()
+    assert found.marked == place.open().writable
+    assert run.run(trusted(writer, run.run(writer.packs()))) == ([] if found.marked else run.run(writer.packs()))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from conftest import RunCli, one_line
-from vmthunder.ids import ChunkId, digest, image_name
+from vmthunder.ids import ChunkId, ImageId, digest, image_name
 from vmthunder.image.chunk import encode
 from vmthunder.image.manifest import ManifestBuilder
 from vmthunder.image.pack import PackBuilder
@@ -102,7 +102,7 @@ async def test_verify_finds_a_flipped_bit_a_cut_pack_and_a_missing_one(origin: O
     assert len((await verify_image(origin, ref.name)).damaged) == 4
     done = await asyncio.to_thread(run_cli, "verify", "a", "--origin", origin.url)
     assert done.returncode == 4
-    assert "4 chunks of image a are damaged" in one_line(done.stderr)
+    assert "image a is damaged (4 of 4 chunks, 1 pack footers); publish it again" in one_line(done.stderr)
     assert done.stdout.count("damaged: slice") == 4
 
 
@@ -115,6 +115,34 @@ async def test_a_chunk_that_matches_its_id_but_does_not_decode_is_damage(origin:
     image_id = await origin.put_manifest(manifest.finish([pack]))
     await origin.put_ref(Ref(image_name("lie"), image_id, 4096, 4096, 4096, 8, ""))
     assert len((await verify_image(origin, image_name("lie"))).damaged) == 1
+
+
+async def test_a_damaged_footer_is_found_and_its_pack_not_built_upon(origin: Origin) -> None:
+    ref = await publish(origin, "a", 0)
+    assert await known(origin, 1)
+    path = path_of_pack(origin)
+    damaged = bytearray(path.read_bytes())
+    damaged[-20] ^= 1
+    path.write_bytes(damaged)
+    found = await verify_image(origin, ref.name)
+    assert (found.damaged, len(found.footers), found.marked) == ((), 1, True)
+    assert not await known(origin, 1)  # although the index had its footer while it was good
+
+
+async def test_a_pack_found_damaged_is_not_built_upon_until_it_is_written_again(origin: Origin) -> None:
+    await publish(origin, "a", 0)
+    path = path_of_pack(origin)
+    whole = path.read_bytes()
+    path.write_bytes(bytes([whole[0] ^ 1]) + whole[1:])
+    assert await known(origin, 1)  # its footer is good
+    await verify_image(origin, image_name("a"))
+    assert not await known(origin, 1)
+    await collect(origin)
+    assert not await known(origin, 1)  # gc keeps a mark that says something
+    await publish(origin, "a", 0)
+    assert await known(origin, 1)
+    await collect(origin)
+    assert [key async for key, _, _ in origin.list("damaged")] == []
 
 
 async def known(origin: Origin, number: int) -> bool:
@@ -135,6 +163,14 @@ async def test_a_torn_pack_is_not_believed(origin: Origin) -> None:
     await publish(origin, "a", 0)
     path = path_of_pack(origin)
     os.truncate(path, path.stat().st_size - 1)
+    assert not await known(origin, 1)
+
+
+async def test_a_pack_cut_after_it_was_learned_is_not_believed(origin: Origin) -> None:
+    await publish(origin, "a", 0)
+    assert await known(origin, 1)
+    path = path_of_pack(origin)
+    os.truncate(path, path.stat().st_size // 2)
     assert not await known(origin, 1)
 
 
@@ -163,3 +199,12 @@ async def test_a_pack_key_has_two_levels() -> None:
     builder = PackBuilder()
     pack, _ = builder.finish()
     assert pack_key(pack) == f"packs/{pack.hex()[:2]}/{pack.hex()}"
+
+
+async def test_a_ref_is_frozen() -> None:
+    ref = Ref(
+        image_name("a"), ImageId(bytes(range(32))), 10 << 30, 65536, 2 << 30, 1 << 30, "2026-11-25T04:16:32+00:00"
+    )
+    golden = Path(__file__).parent.parent / "golden/ref-v1.json"
+    assert ref.encode() == golden.read_bytes()
+    assert Ref.decode(ref.name, golden.read_bytes()) == ref

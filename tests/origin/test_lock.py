@@ -5,12 +5,15 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 
 import pytest
 
-from vmthunder.errors import Conflict
-from vmthunder.origin.lock import LEASE_S, gc_lock, publish_lease, remove_dead
+from vmthunder.errors import Conflict, OriginUnavailable
+from vmthunder.origin import lock as lock_module
+from vmthunder.origin.lock import LEASE_S, Lease, gc_lock, publish_lease, remove_dead
 from vmthunder.origin.origin import Origin
 
 HOLD = """
@@ -106,6 +109,45 @@ async def test_a_damaged_lock_counts_like_one_of_another_machine(origin: Origin,
     with pytest.raises(Conflict, match="gc is under way"):
         async with publish_lease(origin):
             pass
+
+
+@pytest.mark.parametrize("lock", [publish_lease, gc_lock])
+@pytest.mark.asyncio
+async def test_a_holder_that_was_stopped_for_longer_than_its_lease_is_told(
+    origin: Origin, lock: Callable[[Origin], AbstractAsyncContextManager[Lease]]
+) -> None:
+    async with lock(origin) as lease:
+        lease.require()
+        lease.renewed_s -= LEASE_S  # as if the process had slept
+        with pytest.raises(OriginUnavailable, match="could not be renewed"):
+            lease.require()
+
+
+@pytest.mark.asyncio
+async def test_a_stopped_holder_is_cancelled_and_does_not_revive_its_lock(
+    origin: Origin, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lock_module, "RENEW_S", 0.01)
+    with pytest.raises(OriginUnavailable, match="could not be renewed"):
+        async with publish_lease(origin) as lease:
+            (name,) = locks(origin)
+            lease.renewed_s -= LEASE_S
+            await origin.delete(f"locks/{name}")  # as gc does
+            try:
+                await asyncio.sleep(10)
+            finally:
+                assert locks(origin) == []
+
+
+@pytest.mark.asyncio
+async def test_a_lock_is_renewed_while_it_is_held(origin: Origin, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock_module, "RENEW_S", 0.01)
+    assert origin.directory is not None
+    async with publish_lease(origin) as lease, asyncio.timeout(10):
+        (path,) = (origin.directory / "locks").iterdir()
+        began_s, put_ns = lease.renewed_s, path.stat().st_mtime_ns
+        while lease.renewed_s == began_s or path.stat().st_mtime_ns == put_ns:
+            await asyncio.sleep(0.01)
 
 
 @pytest.mark.asyncio

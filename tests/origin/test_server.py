@@ -11,6 +11,7 @@ import pytest
 
 from conftest import RunCli, one_line
 
+PACK_CD = "cd" * 32
 PACK, LINK, DIRECTORY, FIFO = "ab" * 32, "11" * 32, "22" * 32, "33" * 32
 BODY = os.urandom(3_000_000)
 
@@ -24,6 +25,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "locks/publish-1").write_bytes(b"secret")
     (root / f"manifests/{LINK}").symlink_to("/etc/passwd")
     (root / f"manifests/{DIRECTORY}").mkdir()
+    (root / "packs/cd").symlink_to(root / "packs/ab")
+    (root / f"packs/ab/{PACK_CD}").write_bytes(b"behind a linked directory")
     os.mkfifo(root / f"manifests/{FIFO}")
     return root
 
@@ -100,6 +103,7 @@ def test_head_gives_the_length_only(port: int) -> None:
         "/refs/",
         "/refs/none",
         f"/packs/cd/{PACK}",
+        f"/packs/cd/{PACK_CD}",
         f"/packs/ab/{PACK.upper()}",
         f"/manifests/{PACK}",
         "/refs/" + "x" * 5000,

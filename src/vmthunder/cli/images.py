@@ -74,12 +74,18 @@ def verify(name: str, origin_url: str, as_json: bool) -> None:
             )
         if len(found.damaged) > SHOWN:
             console.print(f"… and {len(found.damaged) - SHOWN} more")
-        if not found.damaged:
+        for why in found.footers[:SHOWN]:
+            console.print(f"damaged: {why}")
+        if found.sound:
             console.print(f"{name}: {found.chunks} chunks, {size_text(found.read_bytes)} read, all right")
 
     emit(as_json, {"name": name, **asdict(found)}, human)
-    if found.damaged:
-        raise Corrupt(f"{len(found.damaged)} chunks of image {name} are damaged; publish it again from its source")
+    if not found.sound:
+        repair = "publish it" if found.marked else "verify it at the directory or bucket itself, then publish it"
+        raise Corrupt(
+            f"image {name} is damaged ({len(found.damaged)} of {found.chunks} chunks, {len(found.footers)} pack footers); "
+            f"{repair} again from its source"
+        )
 
 
 @click.command()

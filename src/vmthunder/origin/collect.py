@@ -12,8 +12,9 @@ from typing import Final
 
 from vmthunder.errors import Corrupt, NotFound
 from vmthunder.ids import ImageId, PackId
+from vmthunder.origin.damage import remove_stale_marks
 from vmthunder.origin.directory import remove_scratch
-from vmthunder.origin.lock import gc_lock, remove_dead
+from vmthunder.origin.lock import Lease, gc_lock, remove_dead
 from vmthunder.origin.origin import Origin, PackInfo
 
 DELETES_AT_ONCE: Final = 16
@@ -44,7 +45,7 @@ async def collect(
         OriginUnavailable, NotPermitted
     """
     began_s = time.monotonic()
-    async with gc_lock(origin):
+    async with gc_lock(origin) as lease:
         images, packs = await _reached(origin)
         all_packs = await origin.packs()
         litter = [info for info in all_packs if info.pack not in packs]
@@ -52,7 +53,8 @@ async def collect(
         locks = 0
         if not dry_run:
             # Manifests first: a manifest whose packs are gone is worse than packs without a manifest.
-            await _delete(origin, manifests, litter, watch)
+            await _delete(origin, lease, manifests, litter, watch)
+            await remove_stale_marks(origin, [info for info in all_packs if info.pack in packs])
             locks = await remove_dead(origin)
             if origin.directory is not None:
                 await asyncio.to_thread(remove_scratch, origin.directory)
@@ -87,14 +89,20 @@ async def _reached(origin: Origin) -> tuple[set[ImageId], set[PackId]]:
 
 
 async def _delete(
-    origin: Origin, manifests: list[ImageId], packs: list[PackInfo], watch: Callable[[int, int], None]
+    origin: Origin,
+    lease: Lease,
+    manifests: list[ImageId],
+    packs: list[PackInfo],
+    watch: Callable[[int, int], None],
 ) -> None:
     done, total = 0, len(manifests) + len(packs)
     for image_id in manifests:
+        lease.require()
         await origin.delete_manifest(image_id)
         done += 1
         watch(done, total)
     for at in range(0, len(packs), DELETES_AT_ONCE):
+        lease.require()
         some = packs[at : at + DELETES_AT_ONCE]
         await asyncio.gather(*(origin.delete_pack(info.pack) for info in some))
         done += len(some)

@@ -16,14 +16,15 @@ from typing import Final, NamedTuple
 from vmthunder.errors import Corrupt, NotFound
 from vmthunder.ids import ChunkId, PackId, digest
 from vmthunder.image.pack import PackEntry
+from vmthunder.origin.damage import trusted
 from vmthunder.origin.origin import Origin, PackInfo
 
 log = logging.getLogger(__name__)
 
 FOOTERS_AT_ONCE: Final = 16
-_VERSION: Final = 1
+_VERSION: Final = 2
 _SCHEMA: Final = """
-    CREATE TABLE packs (number INTEGER PRIMARY KEY, pack BLOB UNIQUE NOT NULL);
+    CREATE TABLE packs (number INTEGER PRIMARY KEY, pack BLOB UNIQUE NOT NULL, size INTEGER NOT NULL);
     CREATE TABLE chunks (
         chunk BLOB PRIMARY KEY, pack INTEGER NOT NULL, offset INTEGER NOT NULL, length INTEGER NOT NULL
     ) WITHOUT ROWID;
@@ -70,10 +71,14 @@ class KnownChunks:
         ).fetchone()
         return Known(PackId(row[0]), row[1], row[2]) if row else None
 
-    def add(self, pack: PackId, entries: Iterable[PackEntry]) -> None:
+    def has(self, packs: Iterable[PackId]) -> bool:
+        """Whether the origin has all these packs, and none of them is known to be damaged."""
+        return all(self._database.execute("SELECT 1 FROM packs WHERE pack = ?", (pack,)).fetchone() for pack in packs)
+
+    def add(self, pack: PackId, size_bytes: int, entries: Iterable[PackEntry]) -> None:
         """A pack that is at the origin now."""
         with self._database:
-            self._database.execute("INSERT OR IGNORE INTO packs (pack) VALUES (?)", (pack,))
+            self._database.execute("INSERT OR IGNORE INTO packs (pack, size) VALUES (?, ?)", (pack, size_bytes))
             (number,) = self._database.execute("SELECT number FROM packs WHERE pack = ?", (pack,)).fetchone()
             self._database.executemany(
                 "INSERT OR IGNORE INTO chunks VALUES (?, ?, ?, ?)",
@@ -81,13 +86,15 @@ class KnownChunks:
             )
 
     async def _refresh(self, origin: Origin) -> None:
-        there = {info.pack: info for info in await origin.packs()}
-        known = {PackId(row[0]): row[1] for row in self._database.execute("SELECT pack, number FROM packs")}
+        there = {(info.pack, info.size_bytes): info for info in await trusted(origin, await origin.packs())}
+        rows = self._database.execute("SELECT pack, size, number FROM packs").fetchall()
+        known = {(PackId(pack), size_bytes): number for pack, size_bytes, number in rows}
         with self._database:
-            for pack in known.keys() - there.keys():
-                self._database.execute("DELETE FROM chunks WHERE pack = ?", (known[pack],))
-                self._database.execute("DELETE FROM packs WHERE number = ?", (known[pack],))
-        new = [info for pack, info in there.items() if pack not in known]
+            # Gone, found damaged, or no longer as long as when its footer was read.
+            for number in (known[key] for key in known.keys() - there.keys()):
+                self._database.execute("DELETE FROM chunks WHERE pack = ?", (number,))
+                self._database.execute("DELETE FROM packs WHERE number = ?", (number,))
+        new = [info for key, info in there.items() if key not in known]
         for at in range(0, len(new), FOOTERS_AT_ONCE):
             await self._learn(origin, new[at : at + FOOTERS_AT_ONCE])
 
@@ -100,7 +107,7 @@ class KnownChunks:
             elif isinstance(entries, BaseException):
                 raise entries
             else:
-                self.add(info.pack, entries)
+                self.add(info.pack, info.size_bytes, entries)
 
 
 def _path(url: str) -> Path:

@@ -34,23 +34,44 @@ class Holder(StrEnum):
     GC = "gc"
 
 
+class Lease:
+    """A holder's own view of its lock. A process that was stopped for long does not know until it asks."""
+
+    def __init__(self, origin: Origin) -> None:
+        self._url = origin.url
+        self.renewed_s = _now_s()
+        """When the last successful put began: the store's clock started later."""
+
+    @property
+    def lost(self) -> bool:
+        """Whether others may take the holder for dead, or are about to."""
+        return _now_s() - self.renewed_s > LEASE_S - RENEW_S
+
+    def require(self) -> None:
+        """Call before what cannot be undone. Raises OriginUnavailable: others may have been let in."""
+        if self.lost:
+            raise OriginUnavailable(
+                f"the lock at {self._url} could not be renewed for {LEASE_S - RENEW_S:.0f} s; try again"
+            )
+
+
 @contextlib.asynccontextmanager
-async def publish_lease(origin: Origin) -> AsyncIterator[None]:
+async def publish_lease(origin: Origin) -> AsyncIterator[Lease]:
     """Keep gc away, so that what the origin has stays there.
 
     Raises:
         Conflict: gc runs.
         OriginUnavailable: the lease could not be renewed for so long that gc may run now.
     """
-    async with _held(origin, Holder.PUBLISH, {Holder.GC}):
-        yield
+    async with _held(origin, Holder.PUBLISH, {Holder.GC}) as lease:
+        yield lease
 
 
 @contextlib.asynccontextmanager
-async def gc_lock(origin: Origin) -> AsyncIterator[None]:
+async def gc_lock(origin: Origin) -> AsyncIterator[Lease]:
     """Keep publishers and other collectors away. Raises Conflict and OriginUnavailable, as `publish_lease` does."""
-    async with _held(origin, Holder.GC, {Holder.PUBLISH, Holder.GC}):
-        yield
+    async with _held(origin, Holder.GC, {Holder.PUBLISH, Holder.GC}) as lease:
+        yield lease
 
 
 async def remove_dead(origin: Origin) -> int:
@@ -64,9 +85,10 @@ async def remove_dead(origin: Origin) -> int:
 
 
 @contextlib.asynccontextmanager
-async def _held(origin: Origin, holder: Holder, excludes: set[Holder]) -> AsyncIterator[None]:
+async def _held(origin: Origin, holder: Holder, excludes: set[Holder]) -> AsyncIterator[Lease]:
     key = f"locks/{holder}-{uuid.uuid4().hex}"
     data = json.dumps(_here()).encode()
+    lease = Lease(origin)
     await origin.put(key, data)
     try:
         for other, who in await _live(origin):
@@ -77,16 +99,13 @@ async def _held(origin: Origin, holder: Holder, excludes: set[Holder]) -> AsyncI
                 )
         body = asyncio.current_task()
         assert body is not None
-        lost = asyncio.Event()
-        renewal = asyncio.create_task(_renew(origin, key, data, body, lost))
+        renewal = asyncio.create_task(_renew(origin, key, data, lease, body))
         try:
-            yield
+            yield lease
         except asyncio.CancelledError:
-            if lost.is_set():
+            if lease.lost:
                 body.uncancel()
-                raise OriginUnavailable(
-                    f"{origin.url} was away for {LEASE_S:.0f} s; nothing was made visible"
-                ) from None
+                lease.require()
             raise
         finally:
             renewal.cancel()
@@ -97,17 +116,24 @@ async def _held(origin: Origin, holder: Holder, excludes: set[Holder]) -> AsyncI
             await origin.delete(key)
 
 
-async def _renew(origin: Origin, key: str, data: bytes, body: "asyncio.Task[Any]", lost: asyncio.Event) -> None:
-    renewed_s = time.monotonic()
-    while time.monotonic() - renewed_s < LEASE_S - RENEW_S:
+async def _renew(origin: Origin, key: str, data: bytes, lease: Lease, body: "asyncio.Task[Any]") -> None:
+    while True:
         await asyncio.sleep(RENEW_S)
+        # Before the put, not after: a process that was stopped must not revive a lock that gc has already ignored.
+        if lease.lost:
+            body.cancel()
+            return
+        began_s = _now_s()
         try:
             await origin.put(key, data)
-            renewed_s = time.monotonic()
+            lease.renewed_s = began_s
         except VMThunderError as error:
             log.warning("event=lease_not_renewed origin=%s reason=%s", origin.url, error)
-    lost.set()
-    body.cancel()
+
+
+def _now_s() -> float:
+    """Seconds that go on while the machine sleeps, as the store's do."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 async def _live(origin: Origin) -> list[tuple[str, dict[str, Any]]]:

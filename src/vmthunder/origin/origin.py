@@ -5,9 +5,10 @@ of processes.
     manifests/HEX       by image id
     packs/HH/HEX        by pack id, HH are its first two digits
     locks/…             who publishes or collects (lock.py)
+    damaged/HEX         packs that were found damaged (damage.py)
 
-Everything but refs and locks is named by its content and never changes. Whatever the store says went wrong becomes one of our
-errors here and nowhere else.
+Manifests and packs are named by their content and never change. Whatever the store says went wrong becomes one of our errors
+here and nowhere else.
 """
 
 import errno
@@ -174,8 +175,7 @@ class Origin:
                 size = offset + len(data)
         except OriginUnavailable:
             # Stores do not agree on what to say of a range behind the end.
-            with _errors(self.url):
-                size = (await obstore.head_async(self.store, key))["size"]
+            size = (await self.pack_info(pack)).size_bytes
             if size >= end:
                 raise
         if size != end:
@@ -189,6 +189,12 @@ class Origin:
     async def packs(self) -> list[PackInfo]:
         """All packs, those that no manifest names too."""
         return [PackInfo(PackId(found), size, modified) async for found, size, modified in self._digests("packs")]
+
+    async def pack_info(self, pack: PackId) -> PackInfo:
+        """What `packs` would say of one pack, where the origin cannot list, too. Raises NotFound."""
+        with _errors(self.url, f"no pack {pack.hex()} at {self.url}"):
+            meta = await obstore.head_async(self.store, pack_key(pack))
+        return PackInfo(pack, meta["size"], meta["last_modified"].timestamp())
 
     async def pack_entries(self, info: PackInfo) -> list[PackEntry]:
         """What a pack holds, from its footer. Raises CorruptPack."""

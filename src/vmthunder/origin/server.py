@@ -87,9 +87,9 @@ class _Objects:
         match = _OBJECT.fullmatch(request.rel_url.raw_path)
         if match is None:
             raise web.HTTPNotFound
+        path = self._root / match[1]
         try:
-            # A link may lead anywhere; what we publish are files.
-            fd = os.open(self._root / match[1], os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
             raise web.HTTPNotFound from None
         except OSError as error:
@@ -97,6 +97,9 @@ class _Objects:
                 raise web.HTTPNotFound from None
             raise web.HTTPServiceUnavailable(reason=error.strerror) from None
         try:
+            # A link, of the object or of a directory above it, may lead anywhere; what we publish are files.
+            if Path(f"/proc/self/fd/{fd}").readlink() != path:
+                raise web.HTTPNotFound
             return await self._send(request, fd, match[1])
         finally:
             os.close(fd)

@@ -1,14 +1,17 @@
-"""Reads every chunk of an image at its origin and checks it: digest, then decoding. Bounded memory for any image."""
+"""Reads every chunk of an image at its origin and checks it: digest, then decoding; and the footers of its packs. Bounded
+memory for any image. Marks the packs it finds damaged, so that publishing the image again repairs it.
+"""
 
 import asyncio
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from vmthunder.errors import Corrupt, CorruptChunk, NotFound
-from vmthunder.ids import Buffer, ImageName
+from vmthunder.errors import Corrupt, CorruptChunk, NotFound, NotPermitted
+from vmthunder.ids import Buffer, ImageName, PackId
 from vmthunder.image.chunk import decode, verify
 from vmthunder.image.manifest import ChunkRow, Manifest
+from vmthunder.origin.damage import mark_damaged
 from vmthunder.origin.origin import Origin
 
 RUN_BYTES: Final = 1 << 20
@@ -37,6 +40,14 @@ class Verified:
     """Slices that are not zero."""
     read_bytes: int
     damaged: tuple[Damage, ...]
+    footers: tuple[str, ...]
+    """What is wrong with footers of packs. Guests do not need them, publishing does."""
+    marked: bool
+    """Whether publishing knows of the damage now."""
+
+    @property
+    def sound(self) -> bool:
+        return not self.damaged and not self.footers
 
 
 async def verify_image(
@@ -55,8 +66,10 @@ async def verify_image(
     ordered = sorted(rows, key=lambda row: (row.pack, row.offset))
     total_bytes = sum(row.encoded_bytes for row in ordered)
     damaged: list[Damage] = []
+    footers: dict[PackId, str] = {}
     done_bytes = 0
     runs = _runs(ordered)
+    packs = iter(manifest.packs)
 
     async def work() -> None:
         nonlocal done_bytes
@@ -64,6 +77,11 @@ async def verify_image(
             damaged.extend(await _check(origin, manifest, run))
             done_bytes += sum(row.encoded_bytes for row in run)
             watch(done_bytes, total_bytes)
+        for pack in packs:
+            try:
+                await origin.pack_entries(await origin.pack_info(pack))
+            except (NotFound, Corrupt) as error:
+                footers[pack] = str(error)
 
     try:
         async with asyncio.TaskGroup() as group:
@@ -72,7 +90,21 @@ async def verify_image(
     except ExceptionGroup as errors:
         raise errors.exceptions[0] from None
     damaged.sort(key=lambda damage: damage.index)
-    return Verified(ref.image_id.hex(), manifest.row_count, total_bytes, tuple(damaged))
+    bad = {*footers, *(PackId(bytes.fromhex(damage.pack)) for damage in damaged)}
+    marked = await _mark(origin, bad)
+    return Verified(
+        ref.image_id.hex(), manifest.row_count, total_bytes, tuple(damaged), tuple(footers.values()), marked
+    )
+
+
+async def _mark(origin: Origin, bad: set[PackId]) -> bool:
+    if not bad or not origin.writable:
+        return False
+    try:
+        await mark_damaged(origin, bad)
+    except NotPermitted:
+        return False
+    return True
 
 
 def _runs(rows: Sequence[ChunkRow]) -> Iterator[list[ChunkRow]]:

@@ -128,7 +128,7 @@ class PackWriter:
         await self._origin.put_pack(pack, data)
         self._packs[full.number] = pack
         self._numbers[pack] = full.number
-        self._known.add(pack, full.entries)
+        self._known.add(pack, len(data), full.entries)
         # From here on `known` answers for them; there is no await between, so a chunk is never in neither.
         for entry in full.entries:
             del self._coming[entry.chunk_id]

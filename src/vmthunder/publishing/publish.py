@@ -72,7 +72,7 @@ async def publish(
     builder = ManifestBuilder(source.virtual_bytes, chunk_bytes)
     threads = threads or len(os.sched_getaffinity(0))
     allocated_bytes = new_bytes = encoded_bytes = 0
-    async with publish_lease(origin), KnownChunks.refreshed(origin) as known:
+    async with publish_lease(origin) as lease, KnownChunks.refreshed(origin) as known:
         packs = PackWriter(origin, known)
         try:
             async with contextlib.aclosing(encode_source(source, chunk_bytes, level, threads)) as spans:
@@ -94,7 +94,7 @@ async def publish(
             await packs.abandon()
             raise
         source.check_unchanged()
-        ref = await _same(origin, name, manifest)
+        ref = await _same(origin, name, manifest, known)
         unchanged = ref is not None
         if ref is None:
             ref = Ref(
@@ -106,6 +106,7 @@ async def publish(
                 stored_bytes=encoded_bytes,
                 published_at=datetime.now(UTC).isoformat(timespec="seconds"),
             )
+            lease.require()
             await origin.put_ref(ref)
     return Published(
         name=name,
@@ -119,8 +120,8 @@ async def publish(
     )
 
 
-async def _same(origin: Origin, name: ImageName, encoded: bytes) -> Ref | None:
-    """The ref that `name` has, if it means the contents of `encoded` already.
+async def _same(origin: Origin, name: ImageName, encoded: bytes, known: KnownChunks) -> Ref | None:
+    """The ref that `name` has, if it means the contents of `encoded` already and none of its packs is damaged.
 
     The manifests may differ all the same: a chunk that is in two packs may be named in either.
     """
@@ -137,4 +138,4 @@ async def _same(origin: Origin, name: ImageName, encoded: bytes) -> Ref | None:
     ):
         return None
     same = all(a.index == b.index and a.chunk_id == b.chunk_id for a, b in zip(before.rows(), now.rows(), strict=True))
-    return ref if same else None
+    return ref if same and known.has(before.packs) else None
