@@ -17,6 +17,8 @@ from vmthunder.fuse.mounts import Mount
 from vmthunder.fuse.negotiate import Negotiated
 
 VARIABLE = "VMTHUNDER_HANDOFF"
+READY = b"R"
+"""What a worker tells the keeper, and the keeper who started it. Not the number of a signal (there are fewer)."""
 
 
 class Leave(enum.IntEnum):
@@ -78,7 +80,7 @@ class Handoff(NamedTuple):
     def ready(self) -> None:
         """Say, once, that requests are answered from now on."""
         try:
-            os.write(self.ready_fd, b"1")
+            os.write(self.ready_fd, READY)
         except BrokenPipeError:
             pass  # the keeper is gone: nobody to tell, and the guests are still ours to serve
         os.close(self.ready_fd)

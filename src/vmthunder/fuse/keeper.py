@@ -13,11 +13,10 @@ import select
 import signal
 import sys
 import time
-from typing import NamedTuple
 
 from vmthunder.errors import Failure, MissingTool, VMThunderError
 from vmthunder.fuse import libc, mounts
-from vmthunder.fuse.handoff import VARIABLE, Cause, Handoff, Leave
+from vmthunder.fuse.handoff import READY, VARIABLE, Cause, Handoff, Leave
 from vmthunder.fuse.mounts import Mount
 from vmthunder.fuse.negotiate import Negotiated, UnsupportedKernel, negotiate
 from vmthunder.fuse.protocol import REQUEST_BUFFER_BYTES, decode_init, decode_request
@@ -28,12 +27,6 @@ _FIRST_PAUSE_S = 0.02
 _LONGEST_PAUSE_S = 1.0
 _LOOK_EVERY_S = 0.2
 _IGNORED = (signal.SIGHUP, signal.SIGINT, signal.SIGPIPE)
-
-
-class _Worker(NamedTuple):
-    pid: int
-    pidfd: int
-    ready_fd: int
 
 
 class Keeper:
@@ -47,11 +40,16 @@ class Keeper:
         self.ready_fd = ready_fd
         self.was_ready = False
         self.restarts = 0
-        self.worker: _Worker | None = None
+        self.worker_pid: int | None = None
         self.undead: set[int] = set()
-        """Earlier workers of which a thread still hangs in the kernel."""
+        """Earlier workers that are not reaped: a thread of theirs may still hang in the kernel."""
         self.stop_asked = False
-        self.worker_oom_score_adj = _leave_to_the_last()
+        self.worker_oom_score_adj = _swap("/proc/self/oom_score_adj", "-1000")
+        # What can happen arrives as a byte in one pipe: the number of a signal, or a worker's READY.
+        self.events, self.events_write = os.pipe2(os.O_NONBLOCK)
+        signal.set_wakeup_fd(self.events_write, warn_on_full_buffer=False)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.signal(signal.SIGTERM, self.ask_to_stop)
 
     def run(self) -> int:
         """Until a worker says stop, or the first one says why it cannot start. Returns our exit status.
@@ -63,13 +61,13 @@ class Keeper:
         while True:
             started_s = time.monotonic()
             try:
-                worker = self._start_worker(cause)
+                pid = self._start_worker(cause)
             except OSError as error:
                 if not self.was_ready:
                     raise Failure(f"cannot run {self.worker_argv[0]}: {error.strerror}") from error
                 say(f"cannot run {self.worker_argv[0]} now: {error.strerror}")  # but perhaps in a moment
             else:
-                status = self._wait(worker)
+                status = self._wait(pid)
                 if status == Leave.STOP or (status > 0 and not self.was_ready):
                     return status
                 cause = Cause.HANDOVER if status == Leave.HANDOVER else Cause.DEATH
@@ -88,62 +86,44 @@ class Keeper:
     def ask_to_stop(self, *_: object) -> None:
         """SIGTERM: pass it on to the worker, which knows how to stop in order."""
         self.stop_asked = True
-        if self.worker is not None:
-            try:
-                signal.pidfd_send_signal(self.worker.pidfd, signal.SIGTERM)
-            except ProcessLookupError:
-                pass  # it has just ended
+        if self.worker_pid is not None:
+            os.kill(self.worker_pid, signal.SIGTERM)
 
-    def _start_worker(self, cause: Cause) -> _Worker:
-        ready_fd, worker_ready_fd = os.pipe()
+    def _start_worker(self, cause: Cause) -> int:
         handoff = Handoff(
-            self.fuse_fd, worker_ready_fd, os.getpid(), self.mounted, self.negotiated, cause, self.restarts
+            self.fuse_fd, self.events_write, os.getpid(), self.mounted, self.negotiated, cause, self.restarts
         )
         # One malloc arena: every further one would keep its own peak of decoded chunks.
         environ = {"MALLOC_ARENA_MAX": "1", **os.environ, VARIABLE: handoff.to_text()}
-        try:
-            os.set_inheritable(worker_ready_fd, True)
-            pid = os.posix_spawnp(self.worker_argv[0], self.worker_argv, environ, setsigdef=_IGNORED)
-        except OSError:
-            os.close(ready_fd)
-            raise
-        finally:
-            os.close(worker_ready_fd)
-        self.worker = _Worker(pid, os.pidfd_open(pid), ready_fd)
-        if self.worker_oom_score_adj is not None:
-            with open(f"/proc/{pid}/oom_score_adj", "w", encoding="ascii") as setting:
-                setting.write(self.worker_oom_score_adj)
+        for fd in (self.fuse_fd, self.events_write):
+            os.set_inheritable(fd, True)
+        pid = os.posix_spawnp(self.worker_argv[0], self.worker_argv, environ, setsigdef=_IGNORED)
+        _swap(f"/proc/{pid}/oom_score_adj", self.worker_oom_score_adj)
+        self.worker_pid = pid
         if self.stop_asked:
             self.ask_to_stop()  # it was asked before there was a worker to tell
-        return self.worker
+        return pid
 
-    def _wait(self, worker: _Worker) -> int:
-        """Until `worker` is dead. Its exit status, or minus the signal that killed it."""
-        poll = select.poll()
-        poll.register(worker.pidfd, select.POLLIN)
-        poll.register(worker.ready_fd, select.POLLIN)
-        status = None
-        while status is None:
-            status = _status(worker.pid)  # first, so that all it ever said is in the pipe when that is looked at
-            self.undead = {pid for pid in self.undead if os.waitpid(pid, os.WNOHANG)[0] == 0}
-            for fd, _ in poll.poll(0 if status is not None else _LOOK_EVERY_S * 1000):
-                if fd == worker.ready_fd:
-                    poll.unregister(fd)
-                    if os.read(fd, 1) and not self.was_ready:
-                        self.was_ready = True
-                        self._tell_starter()
-        self.worker = None
-        self.undead.add(worker.pid)
-        os.close(worker.pidfd)
-        os.close(worker.ready_fd)
+    def _wait(self, pid: int) -> int:
+        """Until the worker is dead. Its exit status, or minus the signal that killed it."""
+        while (status := _status(pid)) is None:
+            self._hear(_LOOK_EVERY_S)
+        self._hear(0)  # all it ever said is in the pipe by now
+        self.worker_pid = None
+        self.undead.add(pid)
         return status
 
-    def _tell_starter(self) -> None:
-        try:
-            os.write(self.ready_fd, b"1")
-        except OSError:
-            pass  # nobody waits any more
-        os.close(self.ready_fd)
+    def _hear(self, patience_s: float) -> None:
+        self.undead = {pid for pid in self.undead if os.waitpid(pid, os.WNOHANG)[0] == 0}
+        if not select.select([self.events], [], [], patience_s)[0]:
+            return
+        if READY in os.read(self.events, 4096) and not self.was_ready:
+            self.was_ready = True
+            try:
+                os.write(self.ready_fd, READY)
+            except OSError:
+                pass  # nobody waits any more
+            os.close(self.ready_fd)
 
 
 def say(line: str) -> None:
@@ -167,15 +147,15 @@ def _status(pid: int) -> int | None:
     return os.waitstatus_to_exitcode(int(fields[49]))
 
 
-def _leave_to_the_last() -> str | None:
-    """Keep the out-of-memory killer away from us; what its setting was before, which is good for workers."""
+def _swap(path: str, text: str) -> str:
+    """Write a setting of the kernel; what it was before. One that is refused is said, and left as it is."""
+    with open(path, encoding="ascii") as setting:
+        before = setting.read().strip()
     try:
-        with open("/proc/self/oom_score_adj", "r+", encoding="ascii") as setting:
-            before = setting.read().strip()
-            setting.write("-1000")
+        with open(path, "w", encoding="ascii") as setting:
+            setting.write(text)
     except OSError as error:
-        say(f"cannot keep the out-of-memory killer away from the keeper: {error.strerror}")
-        return None
+        say(f"cannot write {text} to {path}: {error.strerror}")
     return before
 
 
@@ -218,8 +198,6 @@ def keep(mountpoint: str, ready_fd: int, worker_argv: list[str]) -> int:
     mounted = mounts.mount(fuse_fd, mountpoint)
     try:
         keeper = Keeper(fuse_fd, mounted, _handshake(fuse_fd, mounted), worker_argv, ready_fd)
-        os.set_inheritable(fuse_fd, True)
-        signal.signal(signal.SIGTERM, keeper.ask_to_stop)
         try:
             libc.mlockall(libc.MCL_CURRENT | libc.MCL_FUTURE)
         except OSError as error:

@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 _BATCH = 64
 """Requests answered in one turn of the loop; then others have theirs."""
 _LOOK_EVERY_S = 0.5
+_PF_EXITING = 4
 _GONE = {errno.ENODEV, errno.ECONNABORTED}
 
 _AT_HAND = (list, tuple)
@@ -84,7 +85,7 @@ class Session:
         self._loop = loop
         self._buffer = bytearray(b"\1" * protocol.REQUEST_BUFFER_BYTES)  # written, so in memory: see fuse.memory
         self._view = memoryview(self._buffer)
-        self._waiting: dict[int, asyncio.Task[None]] = {}  # by the request's unique
+        self._waiting: dict[int, tuple[asyncio.Task[None], int]] = {}  # by unique: who answers, thread that asked
         self._look_again: asyncio.TimerHandle | None = None
         self._directories: dict[int, Sequence[DirEntry]] = {}  # by fh: what it held when it was opened
         # A directory handle of an earlier worker must not mean another directory here.
@@ -126,7 +127,7 @@ class Session:
         """
         self._loop.remove_reader(self._fd)
         if self._waiting:
-            await asyncio.wait(self._waiting.values(), timeout=patience_s)
+            await asyncio.wait([task for task, _ in self._waiting.values()], timeout=patience_s)
         return len(self._waiting)
 
     async def close(self) -> None:
@@ -134,7 +135,7 @@ class Session:
         self._loop.remove_reader(self._fd)
         if self._look_again is not None:
             self._look_again.cancel()
-        tasks = list(self._waiting.values())
+        tasks = [task for task, _ in self._waiting.values()]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -264,14 +265,16 @@ class Session:
         Only to those: local disks never fail a read with EINTR, so nobody expects it. INTERRUPT cannot tell, as the
         kernel sends one for the first signal of any kind, and none for direct reads. So we look from time to time.
         """
-        for task in self._waiting.values():
-            if _is_being_killed(int(task.get_name())):
-                task.cancel(_KILLED)
+        for unique, (task, thread_id) in self._waiting.items():
+            if _is_being_killed(thread_id):
+                self._error(unique, errno.EINTR)
+                task.cancel()
         self._look_again = self._loop.call_later(_LOOK_EVERY_S, self._let_go_of_the_killed) if self._waiting else None
 
     def _later(self, request: Request, answer: Awaitable[_T], encode: Callable[[_T], Sequence[Buffer]]) -> None:
-        serve = self._serve(request, answer, encode)
-        self._waiting[request.unique] = self._loop.create_task(serve, name=str(request.pid))
+        task = self._loop.create_task(self._serve(request, answer, encode))
+        self._waiting[request.unique] = task, request.pid
+        task.add_done_callback(lambda _: self._waiting.pop(request.unique))
         if self._look_again is None:
             self._look_again = self._loop.call_later(_LOOK_EVERY_S, self._let_go_of_the_killed)
 
@@ -280,20 +283,15 @@ class Session:
             self._reply(request.unique, encode(await answer))
         except OSError as error:
             self._error(request.unique, error.errno or errno.EIO)
-        except asyncio.CancelledError as cancelled:
-            if cancelled.args == (_KILLED,):
-                self._error(request.unique, errno.EINTR)
-                return
+        except asyncio.CancelledError:
             task = asyncio.current_task()
             if task is not None and task.cancelling():
-                raise  # we are leaving: no answer, so that the next worker gets the request again
+                raise  # answered already; or we leave, and the next worker gets the request again
             logger.critical("bug: what request %s waited for was cancelled", request)
             self._error(request.unique, errno.EIO)
         except Exception:
             logger.critical("bug: request %s failed", request, exc_info=True)
             self._error(request.unique, errno.EIO)
-        finally:
-            del self._waiting[request.unique]
 
     def _reply(self, unique: int, buffers: Sequence[Buffer] = ()) -> None:
         self._write(unique, [protocol.encode_head(unique, protocol.total_bytes(buffers)), *buffers])
@@ -322,10 +320,6 @@ class Session:
         if not self.closed.is_set():
             logger.info("the connection is gone: %s", error.strerror)
             self.closed.set()
-
-
-_PF_EXITING = 4
-_KILLED = "the process that waited is being killed"
 
 
 def _is_being_killed(thread_id: int) -> bool:
