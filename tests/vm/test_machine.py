@@ -172,6 +172,7 @@ def test_a_disk_may_be_larger_than_its_image_but_not_smaller() -> None:
         {"driver": Driver.UML, "kernel": Path(__file__)},
         {"driver": Driver.UML, "disk_bytes": 1 << 30},
         {"driver": Driver.UML, "guest_ports": frozenset({22})},
+        {"driver": Driver.UML, "agent_channel": True},
     ],
 )
 def test_a_machine_that_cannot_be_is_refused(contradiction: dict[str, object]) -> None:

@@ -119,10 +119,9 @@ def boot(
         initrd=initrd,
         append=append,
         guest_ports=frozenset(ports),
+        agent_channel=ready_agent,
     )
     ready = _ready_check(ready_pattern, ready_agent, ready_port)
-    if ready_agent and driver == Driver.UML:
-        raise Usage("user-mode Linux has no channel for a guest agent; use --driver qemu")
     agent = AgentClient(control_socket(run_dir))
     backing = BackingImage.resolve(agent, image)
     report = asyncio.run(

@@ -58,6 +58,8 @@ class Spec:
     """None: root on the first partition, console on the serial port."""
     guest_ports: frozenset[int] = frozenset()
     """TCP ports of the guest to reach from this host."""
+    agent_channel: bool = False
+    """Whether the guest has a device for the QEMU guest agent."""
 
     def __post_init__(self) -> None:
         if self.memory_bytes < MIN_MEMORY_BYTES:
@@ -82,6 +84,7 @@ class Spec:
             "--accel": self.accel is not Accel.AUTO,
             "--cache": self.cache is not CacheMode.WRITEBACK,
             "a port to reach": self.guest_ports,
+            "a guest agent": self.agent_channel,
         }
         for option, given in refused.items():
             if given:
