@@ -3,6 +3,7 @@
 Nothing in the test's own process reads from the mount: what reads must be killable.
 """
 
+import asyncio
 import hashlib
 import os
 import random
@@ -21,7 +22,14 @@ import pytest
 from conftest import VMTHUNDER
 from vmthunder.errors import VMThunderError
 from vmthunder.fuse import libc, mounts
+from vmthunder.ids import image_name
+from vmthunder.node.agent import run_detached
 from vmthunder.node.control import AgentClient
+from vmthunder.node.settings import AgentSettings
+from vmthunder.origin.origin import Origin
+from vmthunder.publishing.formats import DiskFormat
+from vmthunder.publishing.publish import publish
+from vmthunder.publishing.source import open_source
 
 DEADLINE_S = 30.0
 _HOLDER = """
@@ -73,18 +81,27 @@ class Lab:
     def origin(self) -> Path:
         return self.directory / "origin"
 
-    def publish(self, name: str, data: bytes, *, chunk_size: str = "64KiB") -> Path:
+    def publish(self, name: str, data: bytes, *, chunk_bytes: int = 64 << 10) -> Path:
         """Publish an image; returns the file that it was made of."""
-        source = self.directory / f"{name}-{hashlib.sha256(data).hexdigest()[:8]}.raw"
-        source.write_bytes(data)
-        run_vmthunder("publish", source, name, "--origin", self.origin, "--chunk-size", chunk_size, "--format", "raw")
-        return source
+        path = self.directory / f"{name}-{hashlib.sha256(data).hexdigest()[:8]}.raw"
+        path.write_bytes(data)
+        with open_source(str(path), DiskFormat.RAW) as source:
+            origin = Origin.open(str(self.origin), create=True)
+            asyncio.run(publish(source, image_name(name), origin, chunk_bytes=chunk_bytes, level=1))
+        return path
 
-    def agent(self, origin: str | Path | None = None, name: str = "agent", **options: object) -> "Agent":
-        """Start an agent; `cache_size="1MiB"` becomes `--cache-size 1MiB`."""
-        agent = Agent(self.directory / name, str(origin or self.origin), options)
-        self.agents.append(agent)
+    def agent(self, origin: str | Path | None = None, **settings: Any) -> "Agent":
+        """Start an agent; other arguments are fields of `AgentSettings`."""
+        agent = self.idle_agent(origin, **settings)
         agent.start()
+        return agent
+
+    def idle_agent(self, origin: str | Path | None = None, **settings: Any) -> "Agent":
+        """An agent that is not started yet."""
+        base = self.directory / "agent"
+        places = {"mount": base / "images", "state_dir": base / "state", "run_dir": base / "run"}
+        agent = Agent(AgentSettings(**{"origin": str(origin or self.origin), **places, **settings}))
+        self.agents.append(agent)
         return agent
 
     def child(self, *command: object) -> "subprocess.Popen[str]":
@@ -155,29 +172,28 @@ def lab(tmp_path: Path) -> Iterator[Lab]:
 
 
 class Agent:
-    """One `vmthunder agent --detach` in a directory of its own."""
+    """One agent in the background."""
 
-    def __init__(self, directory: Path, origin: str, options: dict[str, object]) -> None:
-        self.directory = directory
-        self.run_dir = Path(str(options.pop("run_dir", directory / "run")))
-        self.state_dir = Path(str(options.pop("state_dir", directory / "state")))
-        self.mount = directory / "images"
-        self.client = AgentClient(self.run_dir / "agent.sock")
-        self.arguments = ["--origin", origin, *self.places]
-        for option, value in options.items():
-            self.arguments += [f"--{option.replace('_', '-')}", str(value)]
+    def __init__(self, settings: AgentSettings) -> None:
+        self.settings = settings
+        self.mount = settings.mount
+        self.run_dir = settings.run_dir
+        self.state_dir = settings.state_dir
+        self.client = AgentClient(settings.socket)
         self.pids: set[int] = set()
 
     @property
-    def places(self) -> list[str]:
+    def arguments(self) -> list[str]:
+        """The options of `vmthunder agent` that mean this one."""
         return [
+            *("--origin", self.settings.origin),
             *("--state-dir", str(self.state_dir)),
             *("--run-dir", str(self.run_dir)),
             *("--mount", str(self.mount)),
         ]
 
     def start(self) -> None:
-        run_vmthunder("agent", *self.arguments, "--detach")
+        run_detached(self.settings)
         self.status()
 
     def status(self) -> dict[str, Any]:
@@ -209,7 +225,7 @@ class Agent:
         with suppress(VMThunderError):
             self.client.stop(timeout_s=15)
         for pid in self.pids:
-            if _is_ours(pid, self.directory):
+            if _is_ours(pid, self.run_dir):
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
         while (mounted := mounts.find_mount(str(self.mount))) is not None:
@@ -226,10 +242,10 @@ def alive(pid: int) -> bool:
         return False
 
 
-def _is_ours(pid: int, directory: Path) -> bool:
+def _is_ours(pid: int, run_dir: Path) -> bool:
     """Whether the process is one of this agent's: a pid alone may be somebody else's by now."""
     try:
-        return os.fsencode(directory) in Path(f"/proc/{pid}/cmdline").read_bytes()
+        return os.fsencode(run_dir) in Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
         return False
 

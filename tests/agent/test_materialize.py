@@ -77,7 +77,7 @@ def test_a_copy_that_is_open_is_not_removed_and_one_that_is_not_gives_its_space_
 
 def test_two_who_ask_for_the_same_copy_share_the_work(lab: Lab) -> None:
     lab.publish("debian-12", disk_bytes(SIZE_BYTES))
-    agent = lab.agent(decoded_size="0")
+    agent = lab.agent(decoded_bytes=0)
     clients = [
         lab.child(*VMTHUNDER, "materialize", "debian-12", "--run-dir", agent.run_dir, "--json") for _ in range(2)
     ]

@@ -10,10 +10,10 @@ from agents import Lab, disk_bytes, errno_of, eventually, finish, output_of, pyt
 SIZE_BYTES = (9 << 20) + 12345
 
 
-@pytest.mark.parametrize("chunk_size", ["4KiB", "64KiB", "1MiB"])
-def test_random_and_concurrent_reads_give_the_bytes_that_were_published(lab: Lab, chunk_size: str) -> None:
-    source = lab.publish("debian-12", disk_bytes(SIZE_BYTES), chunk_size=chunk_size)
-    agent = lab.agent(decoded_size="2MiB")
+@pytest.mark.parametrize("chunk_bytes", [4 << 10, 64 << 10, 1 << 20])
+def test_random_and_concurrent_reads_give_the_bytes_that_were_published(lab: Lab, chunk_bytes: int) -> None:
+    source = lab.publish("debian-12", disk_bytes(SIZE_BYTES), chunk_bytes=chunk_bytes)
+    agent = lab.agent(decoded_bytes=2 << 20)
     assert same(agent.path("debian-12"), source)
     agent.drop_page_cache()
     readers = [lab.reader(agent.path("debian-12"), source, seed, "buffered") for seed in range(2)]
@@ -87,7 +87,7 @@ def test_publishing_a_name_again_changes_no_byte_of_what_is_open(lab: Lab) -> No
 
 
 def test_what_a_read_decodes_but_did_not_ask_for_is_pushed_into_the_page_cache(lab: Lab) -> None:
-    source = lab.publish("debian-12", disk_bytes(8 << 20), chunk_size="128KiB")
+    source = lab.publish("debian-12", disk_bytes(8 << 20), chunk_bytes=128 << 10)
     agent = lab.agent()
     counted = python(
         """

@@ -1,9 +1,10 @@
 """What a worker leaves to its successor."""
 
+import tempfile
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vmthunder.errors import CorruptFile
@@ -58,10 +59,9 @@ def test_a_damaged_file_is_refused(tmp_path: Path, text: str) -> None:
         MountState.load(tmp_path / "mount.json")
 
 
+@settings(deadline=None, max_examples=50)
 @given(st.lists(st.tuples(st.sampled_from(["lookup", "open", "release", "forget"]), st.integers(0, 2), st.booleans())))
 def test_numbers_are_never_used_twice_and_every_state_can_be_taken_over(steps: list[tuple[str, int, bool]]) -> None:
-    import tempfile
-
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "mount.json"
         state = MountState(path)

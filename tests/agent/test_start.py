@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from agents import Agent, Lab, alive, disk_bytes, eventually, run_vmthunder, same
+from agents import Lab, alive, disk_bytes, eventually, run_vmthunder, same
 from conftest import VMTHUNDER, one_line
 from vmthunder.errors import AgentUnavailable, Usage
 from vmthunder.fuse import mounts
@@ -72,8 +72,7 @@ def test_restart_hands_the_mount_over_and_keeps_the_counters_of_restarts(lab: La
 @pytest.mark.parametrize("name", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
 def test_an_agent_in_the_foreground_stops_on_a_signal(lab: Lab, name: signal.Signals) -> None:
     lab.publish("debian-12", b"x")
-    agent = Agent(lab.directory / "agent", str(lab.origin), {})
-    lab.agents.append(agent)
+    agent = lab.idle_agent()
     keeper = subprocess.Popen(
         [*VMTHUNDER, "agent", *agent.arguments], stderr=subprocess.PIPE, text=True, start_new_session=True
     )
@@ -87,7 +86,7 @@ def test_an_agent_in_the_foreground_stops_on_a_signal(lab: Lab, name: signal.Sig
 
 
 def test_an_agent_in_the_foreground_ends_with_the_worker_s_exit_code(lab: Lab) -> None:
-    agent = Agent(lab.directory / "agent", "/nonexistent/origin", {})
+    agent = lab.idle_agent("/nonexistent/origin")
     assert "/nonexistent/origin" in run_vmthunder("agent", *agent.arguments, exit_code=3).splitlines()[-1]
     assert mounts.find_mount(str(agent.mount)) is None
 
@@ -97,7 +96,7 @@ def test_bad_starts_end_in_one_line_and_the_right_exit_code(lab: Lab) -> None:
     running = lab.agent()
     file = lab.directory / "file"
     file.write_text("")
-    free = Agent(lab.directory / "free", str(lab.origin), {})
+    free = lab.idle_agent(**{key: lab.directory / "free" / key for key in ("mount", "state_dir", "run_dir")})
 
     def fails(exit_code: int, *options: object) -> str:
         return one_line(run_vmthunder("agent", "--detach", *free.arguments, *options, exit_code=exit_code))
@@ -119,26 +118,20 @@ def test_bad_starts_end_in_one_line_and_the_right_exit_code(lab: Lab) -> None:
 
 
 def test_an_agent_needs_root(lab: Lab) -> None:
-    agent = Agent(lab.directory / "agent", str(lab.origin), {})
-    command = [*VMTHUNDER, "agent", "--detach", *agent.arguments]
-    drop = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
-    if subprocess.run([*drop, sys.executable, "-c", "import vmthunder"], check=False).returncode != 0:
-        command = [sys.executable, "-c", _AS_NOBODY, *command[3:]]
-        drop = []
-    done = subprocess.run([*drop, *command], capture_output=True, text=True, timeout=30, check=False)
+    command = [sys.executable, "-c", _AS_NOBODY, "agent", *lab.idle_agent().arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
     assert done.returncode == 7, done.stderr
     assert "as root" in one_line(done.stderr)
 
 
 _AS_NOBODY = """
-import sys
-from vmthunder.cli.main import main, vmthunder
-vmthunder.get_command(None, "agent")
-import vmthunder.node.agent, os
+import os
+import vmthunder.cli.agent, vmthunder.node.agent
+from vmthunder.cli.main import main
 os.setresuid(65534, 65534, 65534)
 main()
 """
-"""Where nobody may not read the interpreter's directory, it is read before."""
+"""Imports first: nobody may perhaps not read them."""
 
 
 def test_what_a_killed_agent_left_behind_does_not_hinder_the_next(lab: Lab) -> None:

@@ -56,7 +56,7 @@ def test_a_full_disk_costs_the_cache_and_nothing_else(lab: Lab) -> None:
     state.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", state], check=True)
     try:
-        agent = lab.agent(state_dir=state, decoded_size="1MiB")
+        agent = lab.agent(state_dir=state, decoded_bytes=1 << 20)
         assert same(agent.path("debian-12"), source)
         readers = [lab.reader(agent.path("debian-12"), source, seed, "direct") for seed in range(2)]
         agent.kill_worker()

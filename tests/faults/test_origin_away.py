@@ -45,7 +45,7 @@ def test_a_known_image_opens_while_the_origin_is_away(lab: Lab) -> None:
 def test_opening_an_image_that_nobody_knows_gives_up_after_the_time_the_operator_set(lab: Lab) -> None:
     lab.publish("debian-12", b"x")
     with lab.server() as (_, url):
-        agent = lab.agent(url, lookup_timeout="0.7")
+        agent = lab.agent(url, lookup_timeout_s=0.7)
     start_s = time.monotonic()
     assert errno_of("os.stat(sys.argv[1])", agent.path("debian-12")) == "ETIMEDOUT"
     assert time.monotonic() - start_s < 10

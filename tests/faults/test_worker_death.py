@@ -27,7 +27,7 @@ def test_fio_finds_no_error_and_no_wrong_checksum_while_workers_are_killed(lab: 
     written = [*fio, f"--filename={disk}", "--rw=write", "--do_verify=0", "--buffer_compress_percentage=40"]
     subprocess.run(written, check=True, capture_output=True, timeout=60, cwd=lab.directory)
     lab.publish("disk", disk.read_bytes())
-    agent = lab.agent(decoded_size="4MiB")
+    agent = lab.agent(decoded_bytes=4 << 20)
     read = [*fio, f"--filename={agent.path('disk')}", "--readonly", "--rw=randread", "--norandommap", "--time_based"]
     read += ["--runtime=6", "--numjobs=2", "--verify_fatal=1", "--loops=1000"]
     jobs = [lab.child(*read, "--direct=0", "--invalidate=1"), lab.child(*read, "--direct=1")]
@@ -40,7 +40,7 @@ def test_fio_finds_no_error_and_no_wrong_checksum_while_workers_are_killed(lab: 
 
 def test_readers_of_two_images_see_their_bytes_while_workers_are_killed(lab: Lab) -> None:
     sources = [lab.publish(name, disk_bytes(24 << 20, seed)) for seed, name in enumerate(("one", "two"))]
-    agent = lab.agent(decoded_size="2MiB")
+    agent = lab.agent(decoded_bytes=2 << 20)
     readers = [
         lab.reader(agent.path(name), source, seed, how)
         for seed, (name, source) in enumerate(zip(("one", "two"), sources, strict=True))
@@ -64,7 +64,7 @@ def test_files_can_be_opened_and_closed_while_workers_are_killed(lab: Lab) -> No
 
 def test_a_handover_under_load_is_not_noticed(lab: Lab) -> None:
     source = lab.publish("debian-12", disk_bytes(24 << 20))
-    agent = lab.agent(decoded_size="2MiB")
+    agent = lab.agent(decoded_bytes=2 << 20)
     readers = [
         lab.reader(agent.path("debian-12"), source, seed, how) for seed, how in enumerate(("buffered", "direct"))
     ]
@@ -77,7 +77,7 @@ def test_a_handover_under_load_is_not_noticed(lab: Lab) -> None:
 
 def test_the_death_of_the_keeper_is_not_noticed_and_the_agent_can_still_be_stopped(lab: Lab) -> None:
     source = lab.publish("debian-12", disk_bytes(8 << 20))
-    agent = lab.agent(decoded_size="2MiB")
+    agent = lab.agent(decoded_bytes=2 << 20)
     reader = lab.reader(agent.path("debian-12"), source)
     keeper = agent.status()["keeper_pid"]
     os.kill(keeper, signal.SIGKILL)

@@ -14,6 +14,7 @@ from vmthunder.errors import Usage
 from vmthunder.node.control import AgentClient
 from vmthunder.node.settings import DEFAULT_RUN_DIR, DEFAULT_STATE_DIR, AgentSettings, control_socket
 
+WAITING_SHOWN = 10
 _DIRECTORY = click.Path(path_type=Path)
 
 run_dir_option = click.option(
@@ -164,9 +165,12 @@ def _print_status(report: dict[str, Any]) -> None:
                 "local copy" if image["materialized"] else "on demand",
             )
         console.print(table)
-    for entry in report["waiting"]:
+    waiting = report["waiting"]
+    for entry in waiting[:WAITING_SHOWN]:
         chunk = "" if entry["chunk"] is None else f" chunk {entry['chunk']}"
         console.print(f"waiting  {entry['image'][:40]}{chunk} for {_duration(entry['since_s'])}: {entry['why']}")
+    if len(waiting) > WAITING_SHOWN:
+        console.print(f"waiting  … and {len(waiting) - WAITING_SHOWN} more")
 
 
 def _duration(seconds: float) -> str:
