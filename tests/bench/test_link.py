@@ -7,9 +7,10 @@ from contextlib import closing
 
 import pytest
 
-from vmthunder.bench.link import FAR_ADDRESS, Link, Rate
-from vmthunder.bench.namespaces import NetworkNamespace
+from vmthunder.bench.link import FAR_ADDRESS, Link
 from vmthunder.errors import Usage
+from vmthunder.lab.namespaces import NetworkNamespace
+from vmthunder.lab.shaping import Rate
 
 
 @pytest.fixture
@@ -17,7 +18,7 @@ def outside() -> Iterator[NetworkNamespace]:
     """A namespace in the place of the host's, which no test may touch."""
     if os.geteuid():
         pytest.skip("needs root")
-    with closing(NetworkNamespace()) as namespace:
+    with closing(NetworkNamespace.anonymous()) as namespace:
         yield namespace
 
 

@@ -4,12 +4,12 @@ Everything started here is ended when its `with` block is left, in whatever way.
 """
 
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Final
 
 from vmthunder.bench.link import FAR_ADDRESS, Link
 from vmthunder.bench.processes import VMTHUNDER, Process, finish, running
@@ -28,7 +28,6 @@ class Node:
 
     process: Process
     client: AgentClient
-    directory: Path
 
 
 def publish(source: Path, name: str, origin: Path, *options: str) -> None:
@@ -57,21 +56,22 @@ def image_server(origin: Path, link: Link | None = None) -> Iterator[tuple[str, 
 def compute_node(origin_url: str, directory: Path, cache_bytes: int) -> Iterator[Node]:
     """Run an agent that keeps all it has in `directory`, which is removed at the end."""
     directory.mkdir(parents=True)
-    run_dir: Final = directory / "run"
-    argv = [
-        *VMTHUNDER,
-        "agent",
-        f"--origin={origin_url}",
-        f"--mount={directory / 'images'}",
-        f"--state-dir={directory / 'state'}",
-        f"--run-dir={run_dir}",
-        f"--cache-size={cache_bytes}",
-    ]
-    client = AgentClient(control_socket(run_dir))
     try:
-        with running("agent", argv, directory / "agent.log") as process:
-            process.wait_until(partial(_serves, client), _START_S)
-            yield Node(process, client, directory)
+        # A run directory of its own: a path to a unix socket must be short, and `directory` may be anywhere.
+        with tempfile.TemporaryDirectory(prefix="vmthunder-") as run_dir:
+            argv = [
+                *VMTHUNDER,
+                "agent",
+                f"--origin={origin_url}",
+                f"--mount={directory / 'images'}",
+                f"--state-dir={directory / 'state'}",
+                f"--run-dir={run_dir}",
+                f"--cache-size={cache_bytes}",
+            ]
+            client = AgentClient(control_socket(Path(run_dir)))
+            with running("agent", argv, directory / "agent.log") as process:
+                process.wait_until(partial(_serves, client), _START_S)
+                yield Node(process, client)
     finally:
         shutil.rmtree(directory, ignore_errors=True)
 

@@ -17,9 +17,9 @@ from vmthunder.bench.machine import facts
 from vmthunder.bench.namespaces import isolate
 from vmthunder.bench.node import Node, compute_node, image_server, publish
 from vmthunder.bench.processes import cpu_s, running
+from vmthunder.bench.publish import realistic_disk
 from vmthunder.bench.reader import RANDOM_BYTES, PageCache, random_reads, require_reader, sequential_read, warm
 from vmthunder.bench.rows import Figures, Round, medians, ratio, rotated, rounded
-from vmthunder.bench.sample import write_sample
 from vmthunder.errors import Failure, Usage
 
 LOCAL: Final = "local file"
@@ -66,7 +66,7 @@ def bench_read(size_bytes: int, rounds: int, directory: Path | None, say: Say) -
     Needs about four times `size_bytes` of disk in `directory` and as much memory for page cache.
 
     Raises:
-        Usage, NotPermitted (not root), MissingTool (no fio), Failure.
+        Usage, NotPermitted (not root), MissingTool (no fio), NotFound (/usr holds less), Failure.
     """
     if rounds < 1 or size_bytes < MIN_SIZE_BYTES:
         raise Usage("at least one round and an image of at least 16 MiB are needed")
@@ -88,8 +88,8 @@ def _ways(work: Path, size_bytes: int, stack: ExitStack, say: Say) -> dict[str, 
     """Start all that is measured; `stack` ends it."""
     raw = work / "disk.raw"
     origin = work / "origin"
-    say(f"writing {size_bytes >> 20} MiB of sample data")
-    write_sample(raw, size_bytes)
+    say(f"writing {size_bytes >> 20} MiB of data")
+    realistic_disk(raw, size_bytes)
     say("publishing it")
     publish(raw, _IMAGE, origin)
     url, server = stack.enter_context(image_server(origin))
@@ -148,14 +148,15 @@ def _nbd_mount(program: str, options: Sequence[str], raw: Path, directory: Path)
     """An NBD server on the raw file, and nbdfuse, which shows its export as a file."""
     directory.mkdir()
     file = directory / "nbd"
-    socket = directory.with_suffix(".sock")
-    argv = [program, *(option.format(socket=socket, raw=raw) for option in options)]
-    with running(program, argv, directory.with_suffix(".log")) as server:
-        server.wait_until(socket.exists, _START_S)
-        argv = ["nbdfuse", "--readonly", str(directory), f"nbd+unix:///?socket={socket}"]
-        with running("nbdfuse", argv, directory.with_suffix(".nbdfuse.log")) as mount:
-            mount.wait_until(file.exists, _START_S)
-            yield Target(file, (server.pid, mount.pid))
+    with tempfile.TemporaryDirectory(prefix="vmthunder-") as run_dir:  # short enough for a unix socket's path
+        socket = Path(run_dir, "nbd.sock")
+        argv = [program, *(option.format(socket=socket, raw=raw) for option in options)]
+        with running(program, argv, directory.with_suffix(".log")) as server:
+            server.wait_until(socket.exists, _START_S)
+            argv = ["nbdfuse", "--readonly", str(directory), f"nbd+unix:///?socket={socket}"]
+            with running("nbdfuse", argv, directory.with_suffix(".nbdfuse.log")) as mount:
+                mount.wait_until(file.exists, _START_S)
+                yield Target(file, (server.pid, mount.pid))
 
 
 def _measure(name: str, way: Way, size_bytes: int) -> Figures:

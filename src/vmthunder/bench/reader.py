@@ -59,11 +59,11 @@ def warm(path: Path) -> None:
 
 def random_reads(path: Path, cache: PageCache, count: int, seconds: float) -> Reading:
     """4 KiB reads at random places, none twice: `count` of them, or in a warm cache over and over for `seconds`."""
-    if cache is PageCache.WARM:
-        amount = ["--time_based", f"--runtime={seconds}"]
-    else:
-        amount = [f"--io_size={count * RANDOM_BYTES}"]
-    return _run(path, cache, "randread", RANDOM_BYTES, amount)
+    amount = {
+        PageCache.WARM: ["--time_based", f"--runtime={seconds}"],
+        PageCache.DROPPED: [f"--io_size={count * RANDOM_BYTES}"],
+    }
+    return _run(path, cache, "randread", RANDOM_BYTES, amount[cache])
 
 
 def sequential_read(path: Path, cache: PageCache, passes: int) -> Reading:

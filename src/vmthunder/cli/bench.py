@@ -1,5 +1,7 @@
 """`vmthunder bench`: measurements that anybody can repeat, each a command of its own module."""
 
+import signal
+
 import click
 
 from vmthunder.cli.main import LazyGroup
@@ -19,3 +21,5 @@ def bench() -> None:
     Progress goes to stderr, a table to stdout; with --json the last line of stdout is one JSON object. Rounds are
     interleaved and figures are medians: machines drift, ratios of one run hold.
     """
+    # Told to end, a benchmark ends what it started first.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)

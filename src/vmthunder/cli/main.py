@@ -1,6 +1,8 @@
 """`vmthunder`: the table of commands, and the one place where an error becomes a line and an exit code."""
 
+import contextlib
 import importlib
+import os
 import signal
 import sys
 from collections.abc import Mapping
@@ -26,6 +28,8 @@ COMMANDS: Mapping[str, str] = {
     "ps": "vmthunder.cli.vm:ps",
     "console": "vmthunder.cli.vm:console",
     "destroy": "vmthunder.cli.vm:destroy",
+    "lab": "vmthunder.cli.lab:lab",
+    "trace": "vmthunder.cli.trace:trace",
     "bench": "vmthunder.cli.bench:bench",
 }
 """Where each command lives, in the order of the help page: `status` must not pay for a benchmark's imports."""
@@ -84,17 +88,31 @@ def vmthunder() -> None:
 
 def main() -> NoReturn:
     """Run the command line; errors that an operator can do something about end in one line, bugs in a traceback."""
-    # A reader of our output that went away (`vmthunder images | head`) is no error.
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    code = _run()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
+    # Not sys.exit: a thread of the object store's runtime that still lets go of a Python object while the interpreter is
+    # taken apart aborts the process (seen in one of 200 runs on a busy machine).
+    os._exit(code)
+
+
+def _run() -> int:
     try:
         code = vmthunder.main(standalone_mode=False)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader of our output went away (`vmthunder images | head`). The default action of SIGPIPE would do, were it
+        # not for sockets: a server must not die of a client that hangs up.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except (click.exceptions.Abort, KeyboardInterrupt):
         click.echo("interrupted", err=True)
-        sys.exit(130)
+        return 130
     except click.ClickException as error:
         error.show()
-        sys.exit(error.exit_code)
+        return error.exit_code
     except VMThunderError as error:
         click.echo(f"vmthunder: {error}", err=True)
-        sys.exit(error.exit_code)
-    sys.exit(code if isinstance(code, int) else 0)
+        return error.exit_code
+    return code if isinstance(code, int) else 0

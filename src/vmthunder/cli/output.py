@@ -17,7 +17,7 @@ from rich.progress import (
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
-console = Console(highlight=False)
+console = Console(highlight=False, soft_wrap=True)
 """Results."""
 progress_console = Console(stderr=True, highlight=False)
 """Progress and remarks; a pipe on stdout sees results only."""

@@ -92,4 +92,4 @@ def _explain(url: str, error: OSError) -> VMThunderError:
             return NotFound(what)
         return NotPermitted(what) if error.code in (401, 403) else Failure(what)
     reason = error.reason if isinstance(error, urllib.error.URLError) else error
-    return Failure(f"{url} cannot be downloaded: {reason or type(reason).__name__}")
+    return Failure(f"{url} cannot be downloaded: {getattr(reason, 'strerror', None) or reason}")

@@ -6,7 +6,7 @@ and hashing overlap; the results come out in order, and how many spans may be un
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from queue import SimpleQueue
@@ -39,7 +39,7 @@ class Span(NamedTuple):
     chunks: list[Chunk]
 
 
-async def encode_source(source: Source, chunk_bytes: int, level: int, threads: int) -> AsyncIterator[Span]:
+async def encode_source(source: Source, chunk_bytes: int, level: int, threads: int) -> AsyncGenerator[Span, None]:
     """Encode a source.
 
     Raises:

@@ -4,6 +4,7 @@ We look at the magic numbers ourselves and then tell QEMU which format to use: a
 must not become a qcow2 with a backing file of the guest's choice because QEMU was asked to guess.
 """
 
+import fcntl
 import json
 import os
 import struct
@@ -37,6 +38,8 @@ PROBE_TIMEOUT_S: Final = 60.0
 """For `qemu-img info`, which reads a few headers."""
 
 _FOOTER_AT: Final = -512
+_FLOCK: Final = "hhqqi0q"
+"""struct flock with 64-bit offsets: type, whence, start, length, pid."""
 
 _DISKS: Final = (
     (0, b"QFI\xfb", DiskFormat.QCOW2),
@@ -94,6 +97,15 @@ def fixed_vhd_bytes(fd: int, size_bytes: int) -> int | None:
     return disk_bytes if cookie == b"conectix" and kind == 2 and disk_bytes == size_bytes + _FOOTER_AT else None
 
 
+def refuse_written(fd: int, label: str) -> None:
+    """Raises Conflict if a QEMU has the open file for writing: it marks that with a lock, for others to respect."""
+    # QEMU's block/file-posix.c: the permission of bit n is held by a shared lock on byte 100 + n; BLK_PERM_WRITE is bit 1.
+    question = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 101, 1, 0)
+    kind, *_ = struct.unpack(_FLOCK, fcntl.fcntl(fd, fcntl.F_OFD_GETLK, question))
+    if kind != fcntl.F_UNLCK:
+        raise _written(label)
+
+
 def refuse_references(fd: int, label: str) -> None:
     """Refuse an image from elsewhere that names further files: they would be files of this machine.
 
@@ -122,6 +134,10 @@ def _refused(label: str, what: str) -> Usage:
     return Usage(
         f"{label} names {what}, which a download must not; download all of its files and publish the local copy"
     )
+
+
+def _written(label: str) -> Conflict:
+    return Conflict(f"{label} is being written by a running VM; stop it, or publish a copy made with a snapshot")
 
 
 def parts(
@@ -175,14 +191,14 @@ def parts(
 
 def explain(stderr: str, disk: DiskFormat, label: str) -> VMThunderError:
     """What QEMU's complaint about an image means."""
-    lines = [line for line in stderr.strip().splitlines() if line]
-    text = lines[0] if lines else "QEMU gave no reason"
-    if 'Failed to get shared "write" lock' in stderr or "Failed to get shared" in stderr:
-        return Conflict(f"{label} is being written by a running VM; stop it, or publish a copy made with a snapshot")
+    text = stderr.strip().partition("\n")[0].removeprefix("qemu-img: ").removeprefix("qemu-storage-daemon: ")
+    if "Failed to get shared" in stderr:
+        return _written(label)
     if "Permission denied" in stderr:
         return NotPermitted(f"{label}: {text}")
     if "No such file" in stderr:
         return NotFound(f"{label} needs a file that is missing: {text}")
     if "encrypt" in stderr:
         return Usage(f"{label} is encrypted; decrypt it with qemu-img convert first")
+    text = text.rpartition("': ")[2]  # what could not be opened is in `label`
     return CorruptFile(f"{label} cannot be read as {disk.value}: {text}")

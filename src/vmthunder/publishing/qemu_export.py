@@ -1,7 +1,8 @@
 """Any disk image as a raw read-only file: one qemu-storage-daemon with a FUSE export, for as long as it is read.
 
-Owns the daemon and its mount point. Use it from the main thread: the daemon is told to end when the thread that started
-it ends, so that a killed publish leaves no daemon and no mount. Whoever reads the file may hang when the daemon does;
+Owns the daemon and the descriptor of that file. The file has a name for a moment only: it is mounted, opened, and the
+mount detached, so that a killed publish leaves no mount. It leaves no daemon either, because the daemon is told to end
+with the thread that started it: use this from the main thread. Whoever reads the file hangs when the daemon does;
 `Export.abort`, from any thread, ends both.
 """
 
@@ -25,11 +26,11 @@ STOP_TIMEOUT_S: Final = 5.0
 
 
 class Export:
-    """A disk image that a storage daemon shows as the raw file `path`."""
+    """A disk image that a storage daemon shows as the raw file behind `fd`."""
 
-    def __init__(self, path: Path, process: subprocess.Popen[bytes], label: str) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], label: str) -> None:
         """Use `exported`."""
-        self.path = path
+        self.fd = -1
         self._process = process
         self._label = label
         self._stalled = False
@@ -65,59 +66,66 @@ def exported(
     if alone and disk in (DiskFormat.QCOW2, DiskFormat.VMDK):
         node["backing"] = None  # whatever its header says
     with contextlib.ExitStack() as cleanup:
-        directory = Path(cleanup.enter_context(tempfile.TemporaryDirectory(prefix="vmthunder-")))
-        mountpoint = directory / "disk"
-        mountpoint.touch()
-        unmounted = mountpoint.stat()
         complaints = cleanup.enter_context(tempfile.TemporaryFile())
-        command = [
-            # Should we be killed, the daemon unmounts and ends.
-            *("setpriv", "--pdeathsig", "TERM", "--"),
-            *("qemu-storage-daemon", "--blockdev", json.dumps(node), "--export"),
-            f"type=fuse,id=disk,node-name=disk,mountpoint={mountpoint},writable=off",
-        ]
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=complaints,
-            pass_fds=pass_fds,
-            start_new_session=True,  # Ctrl-C is for us to act on; the daemon must outlive our last read
-        )
-        cleanup.callback(_stop, process, mountpoint)
-        export = Export(mountpoint, process, label)
-        # The stat below asks the daemon itself once the mount is there; it fails when the daemon is killed.
-        watchdog = threading.Timer(START_TIMEOUT_S, export.abort)
-        watchdog.start()
-        try:
-            while process.poll() is None and _device(mountpoint) == unmounted.st_dev:
-                time.sleep(0.005)
-        finally:
-            watchdog.cancel()
-        if process.poll() is not None:
+        with tempfile.TemporaryDirectory(prefix="vmthunder-publish-") as directory:
+            mountpoint = Path(directory, "disk")
+            mountpoint.touch()
+            command = [
+                *("setpriv", "--pdeathsig", "TERM", "--"),
+                *("qemu-storage-daemon", "--blockdev", json.dumps(node), "--export"),
+                f"type=fuse,id=disk,node-name=disk,mountpoint={mountpoint},writable=off",
+            ]
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=complaints,
+                pass_fds=pass_fds,
+                start_new_session=True,  # Ctrl-C is for us to act on; the daemon must outlive our last read
+            )
+            cleanup.callback(_stop, process)
+            export = Export(process, label)
+            opened = _open(export, process, mountpoint)
+        if not opened:
             complaints.seek(0)
             raise _no_export(complaints.read().decode(errors="replace"), disk, label)
+        cleanup.callback(_close, export.fd)
         yield export
 
 
-def _device(path: Path) -> int | None:
+def _open(export: Export, process: subprocess.Popen[bytes], mountpoint: Path) -> bool:
+    """Wait for the mount, open its file and detach it; False if the daemon ended instead."""
+    before = mountpoint.stat().st_dev
+    # All that asks the daemon, from the first look at the mount on, fails when it is killed.
+    watchdog = threading.Timer(START_TIMEOUT_S, export.abort)
+    watchdog.start()
     try:
-        return path.stat().st_dev
-    except OSError:
-        return None  # mounted, and the daemon is gone: the caller sees that it ended
+        while process.poll() is None:
+            with contextlib.suppress(OSError):
+                if mountpoint.stat().st_dev != before:
+                    export.fd = os.open(mountpoint, os.O_RDONLY | os.O_CLOEXEC)
+                    return True
+            time.sleep(0.005)
+        return False
+    finally:
+        watchdog.cancel()
+        unmount = ["umount", "--lazy"] if os.geteuid() == 0 else ["fusermount3", "-u", "-z"]
+        subprocess.run([*unmount, str(mountpoint)], stderr=subprocess.DEVNULL, check=False)
 
 
-def _stop(process: subprocess.Popen[bytes], mountpoint: Path) -> None:
-    """End the daemon, kindly if it listens, and leave no mount."""
+def _close(fd: int) -> None:
+    with contextlib.suppress(OSError):  # a file whose daemon is dead cannot be flushed; we have only read from it
+        os.close(fd)
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """End the daemon, kindly if it listens."""
     process.terminate()
     try:
         process.wait(timeout=STOP_TIMEOUT_S)
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
-    if any(line.split(" ")[4] == str(mountpoint) for line in Path("/proc/self/mountinfo").read_text().splitlines()):
-        unmount = ["umount", "--lazy"] if os.geteuid() == 0 else ["fusermount3", "-u", "-z"]
-        subprocess.run([*unmount, str(mountpoint)], stderr=subprocess.DEVNULL, check=False)
 
 
 def _no_export(stderr: str, disk: DiskFormat, label: str) -> VMThunderError:
@@ -130,7 +138,9 @@ def _no_export(stderr: str, disk: DiskFormat, label: str) -> VMThunderError:
         return MissingTool(f"{label} cannot be shown through FUSE; load the module fuse and allow /dev/fuse")
     if "Invalid parameter 'fuse'" in stderr or "does not accept value 'fuse'" in stderr:
         return MissingTool("this qemu-storage-daemon has no FUSE; convert the image with qemu-img convert -O raw")
-    return explain(stderr.replace("qemu-storage-daemon: ", "", 1), disk, label)
+    if not stderr.strip():
+        return Failure(f"qemu-storage-daemon did not show {label} within {START_TIMEOUT_S:.0f} s")
+    return explain(stderr, disk, label)
 
 
 def _ending(status: int) -> str:

@@ -7,7 +7,6 @@ Owns the open files of a source, and the storage daemon or the downloaded copy b
 import contextlib
 import errno
 import os
-import shutil
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Final, Protocol
 
 from vmthunder.errors import Conflict, Failure, NotFound, NotPermitted, Usage, VMThunderError
 from vmthunder.publishing.download import Watch, downloaded
-from vmthunder.publishing.formats import DiskFormat, fixed_vhd_bytes, parts, refuse_references, sniff
+from vmthunder.publishing.formats import DiskFormat, fixed_vhd_bytes, parts, refuse_references, refuse_written, sniff
 from vmthunder.publishing.qemu_export import exported
 
 
@@ -147,23 +146,20 @@ def open_source(text: str, asked: DiskFormat = DiskFormat.AUTO, watch: Watch | N
             label = path = str(Path.cwd() / text)
             fd = _open(path)
             cleanup.callback(os.close, fd)
+            refuse_written(fd, label)
         size_bytes = os.lseek(fd, 0, os.SEEK_END)
         disk = sniff(fd, size_bytes, label) if asked is DiskFormat.AUTO else asked
-        if remote:
-            refuse_references(fd, label)
         plain_bytes = fixed_vhd_bytes(fd, size_bytes) if disk is DiskFormat.VHD else None
         if disk is DiskFormat.RAW or plain_bytes is not None:
-            if not remote and shutil.which("qemu-img"):
-                parts(path, DiskFormat.RAW, label)  # sees the locks of a running VM; we could do without
             yield Source(label, fd, plain_bytes or size_bytes, [] if remote else [Witness(Path(path))])
             return
+        if remote:
+            refuse_references(fd, label)
         needs = (fd,) if remote else ()
         files = parts(path, disk, label, pass_fds=needs, alone=remote)
         witnesses = [] if remote else [Witness(file) for file in files]
         export = cleanup.enter_context(exported(path, disk, label, pass_fds=needs, alone=remote))
-        shown = os.open(export.path, os.O_RDONLY | os.O_CLOEXEC)
-        cleanup.callback(os.close, shown)
-        yield Source(label, shown, os.lseek(shown, 0, os.SEEK_END), witnesses, export)
+        yield Source(label, export.fd, os.lseek(export.fd, 0, os.SEEK_END), witnesses, export)
 
 
 def _open(path: str) -> int:

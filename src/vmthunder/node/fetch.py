@@ -1,0 +1,317 @@
+"""The way of a chunk to whoever reads it: decoded already? in flight? in the chunk cache? from a source.
+
+Owns the chunks in flight. One flight per chunk however many readers; a flight belongs to the fetcher, so a reader
+that goes away leaves it alone. Every chunk is verified before it is shown or stored. An origin that is away, lacks a
+pack or sends wrong bytes costs time only: the flight stays and tries again for ever.
+
+Threads: everything here belongs to the event loop. Between two awaits it is alone; a chunk is entered in `_flights`
+before the first of them and leaves when it is stored, so that whoever comes at any time finds it decoded, in flight
+or in the cache.
+"""
+
+import asyncio
+import logging
+import random
+import time
+from collections import deque
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from operator import attrgetter
+
+from vmthunder.errors import CorruptChunk, OriginUnavailable, VMThunderError
+from vmthunder.ids import Buffer
+from vmthunder.image.manifest import ChunkRow, Manifest
+from vmthunder.node.backoff import delay_s
+from vmthunder.node.cache import ChunkCache
+from vmthunder.node.decoded import DecodedChunks, Want
+from vmthunder.node.flight import Flight, Outcome, load, slice_of, store, unpack, want_of
+from vmthunder.node.source import ChunkSource, runs
+
+logger = logging.getLogger(__name__)
+
+MAX_REQUESTS = 16
+"""Requests to sources at a time; with MAX_RUN_BYTES the bound of encoded bytes in memory."""
+LOADERS = 4
+"""Threads that load, verify and decode. More than cores: files that are not in the page cache are waited for there."""
+NOW_CHUNKS = 3
+"""Chunks that are decoded on the loop's own thread at once: waking another one costs as much as decoding a chunk."""
+SLOW_S = 1.0
+"""A flight that is as old as this is shown as one that somebody waits for."""
+_WRONG_BYTES = "the origin sends wrong bytes"
+
+
+@dataclass(slots=True)
+class FetchStats:
+    """Counters, under the names that `vmthunder status` gives them."""
+
+    chunks_fetched: int = 0
+    bytes_fetched: int = 0
+    """Encoded bytes from sources."""
+    chunks_from_cache: int = 0
+    bytes_from_cache: int = 0
+    """Encoded bytes from the chunk cache."""
+    chunks_decoded: int = 0
+    origin_requests: int = 0
+    wrong_bytes: int = 0
+    """Chunks from a source that were not what was asked for."""
+
+
+class Fetcher:
+    """Slices of images, wherever their chunks are."""
+
+    def __init__(
+        self,
+        source: ChunkSource,
+        cache: ChunkCache,
+        decoded: DecodedChunks,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        rng: Callable[[], float] = random.random,
+    ) -> None:
+        """Needs a running event loop. `clock` gives seconds, `rng` numbers in [0, 1)."""
+        self.stats = FetchStats()
+        self._source = source
+        self._cache = cache
+        self._decoded = decoded
+        self._clock = clock
+        self._rng = rng
+        self._loop = asyncio.get_running_loop()
+        self._loaders = ThreadPoolExecutor(LOADERS, "load")
+        self._storer = ThreadPoolExecutor(1, "store")
+        self._flights: dict[Want, Flight] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._slots = asyncio.Semaphore(MAX_REQUESTS)
+        self._away_since_s: float | None = None
+        self._answered = asyncio.Event()
+        """Set and cleared when a source answers after failures: those who wait for their next try need not."""
+
+    async def close(self) -> None:
+        """End all flights; their readers are cancelled. Chunks that were being stored are stored."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.to_thread(self._loaders.shutdown)
+        await asyncio.to_thread(self._storer.shutdown)
+
+    def read_now(self, image: Manifest, rows: Sequence[ChunkRow]) -> list[Buffer] | None:
+        """The slices of `rows`, if nothing must be waited for; else None, and `read` has them.
+
+        A few chunks are decoded here, if their files are in the page cache.
+
+        Raises:
+            CorruptChunk: what was published cannot be decoded.
+        """
+        wants = [want_of(image, row) for row in rows]
+        missing = {want: row for want, row in zip(wants, rows, strict=True) if want not in self._decoded}
+        if not missing:
+            return [self._recall(want) for want in wants]
+        if len(missing) > NOW_CHUNKS or not missing.keys().isdisjoint(self._flights):
+            return None
+        outcomes = load(self._cache, image, deque(missing.values()), wait=False)
+        slices = None
+        if len(outcomes) == len(missing):  # asked before what was loaded may push it out
+            slices = [slice_of(outcomes[want]) if want in outcomes else self._recall(want) for want in wants]
+        self._loaded(image, missing.values(), outcomes)
+        return slices
+
+    async def read(self, image: Manifest, rows: Sequence[ChunkRow]) -> list[Buffer]:
+        """The slices of `rows`, in their order, however long it takes.
+
+        Raises:
+            CorruptChunk: what was published cannot be decoded.
+        """
+        wants = [want_of(image, row) for row in rows]
+        outcomes: dict[Want, Outcome] = {}
+        while True:
+            waiting: set[Flight] = set()
+            missing: dict[Want, ChunkRow] = {}
+            for want, row in zip(wants, rows, strict=True):
+                if want in outcomes:
+                    continue
+                if want in self._decoded:
+                    outcomes[want] = self._recall(want)
+                elif (flight := self._flights.get(want)) is not None:
+                    waiting.add(flight)
+                else:
+                    missing[want] = row
+            waiting.update(self._start(image, missing.values()))
+            if not waiting:
+                return [slice_of(outcomes[want]) for want in wants]
+            # `wait` leaves the futures alone: a reader that is cancelled here must not cancel what others wait for.
+            await asyncio.wait([flight.landed for flight in waiting])
+            for flight in waiting:
+                flight.landed.result()
+                outcomes.update(flight.outcomes)
+
+    def waiting(self) -> list[dict[str, object]]:
+        """Flights that take long, and why; the oldest first."""
+        now_s = self._clock()
+        return [
+            {
+                "image": flight.image.image_id.hex(),
+                "chunk": flight.rows[0].index,
+                "chunks": len(flight.rows),
+                "since_s": round(now_s - flight.since_s, 3),
+                "why": flight.why,
+                "failures": flight.failures,
+            }
+            for flight in sorted(set(self._flights.values()), key=attrgetter("since_s"))
+            if not flight.landed.done() and (flight.failures or now_s - flight.since_s >= SLOW_S)
+        ]
+
+    def _recall(self, want: Want) -> Buffer:
+        self._cache.touch(want[0])
+        return self._decoded[want]
+
+    def _start(self, image: Manifest, rows: Iterable[ChunkRow]) -> list[Flight]:
+        """Flights for chunks that are neither decoded nor in flight, each on the nearest way."""
+        here: list[ChunkRow] = []
+        away: list[ChunkRow] = []
+        for row in rows:
+            (here if row.chunk_id in self._cache else away).append(row)
+        flights: list[Flight] = []
+        if here:
+            flights.append(flight := self._enter(image, here))
+            self._launch(flight, self._load(flight))
+        for run in runs(away):
+            flights.append(flight := self._enter(image, run))
+            self._launch(flight, self._fetch(flight))
+        return flights
+
+    def _enter(self, image: Manifest, rows: Sequence[ChunkRow]) -> Flight:
+        flight = Flight(image, rows, self._loop.create_future(), self._clock())
+        self._flights.update(dict.fromkeys(flight.wants(), flight))
+        return flight
+
+    def _launch(self, flight: Flight, way: Coroutine[None, None, None]) -> None:
+        task = self._loop.create_task(way)
+        self._tasks.add(task)
+        task.add_done_callback(lambda task: self._ended(flight, task))
+
+    def _leave(self, flight: Flight) -> None:
+        for want in flight.wants():
+            if self._flights.get(want) is flight:
+                del self._flights[want]
+
+    def _land(self, flight: Flight, outcomes: Mapping[Want, Outcome]) -> None:
+        """Show what arrived to whoever waits, and to those who come before the flight leaves."""
+        flight.outcomes = outcomes
+        flight.landed.set_result(None)
+
+    def _remember(self, outcomes: Mapping[Want, Outcome]) -> None:
+        self.stats.chunks_decoded += len(outcomes)
+        for want, outcome in outcomes.items():
+            if not isinstance(outcome, CorruptChunk):
+                self._decoded.put(want, outcome)
+
+    def _ended(self, flight: Flight, task: "asyncio.Task[None]") -> None:
+        """The flight is over; tell whoever still waits if it went wrong."""
+        self._tasks.discard(task)
+        self._leave(flight)
+        if task.cancelled():
+            flight.landed.cancel()
+        elif (error := task.exception()) is not None:
+            logger.critical(
+                "flight failed: image=%s chunk=%d",
+                flight.image.image_id.hex(),
+                flight.rows[0].index,
+                exc_info=error,
+            )
+            if not flight.landed.done():
+                flight.landed.set_exception(error)
+                flight.landed.exception()  # marks it as seen: the last reader may have left
+
+    async def _load(self, flight: Flight) -> None:
+        """From the chunk cache. Readers look elsewhere for what turns out not to be there.
+
+        The loop's thread does its share where the files are in the page cache: two threads that decode side by side hand
+        the interpreter's lock to each other half as often as three.
+        """
+        todo = deque(flight.rows)
+        jobs = [self._loop.run_in_executor(self._loaders, load, self._cache, flight.image, todo)]
+        outcomes = load(self._cache, flight.image, todo, wait=False)
+        # What is left is not in the page cache, and a disk reads several files at a time. One job more than there seems
+        # to be a need for: the first may have found nothing to do in the moment when the loop held the last row.
+        jobs += (
+            self._loop.run_in_executor(self._loaders, load, self._cache, flight.image, todo)
+            for _ in range(min(LOADERS - 1, len(todo)))
+        )
+        for job in jobs:
+            outcomes.update(await job)
+        self._loaded(flight.image, flight.rows, outcomes)
+        self._land(flight, outcomes)
+
+    def _loaded(self, image: Manifest, rows: Iterable[ChunkRow], outcomes: Mapping[Want, Outcome]) -> None:
+        for row in rows:
+            if want_of(image, row) in outcomes:
+                self.stats.chunks_from_cache += 1
+                self.stats.bytes_from_cache += row.encoded_bytes
+        self._remember(outcomes)
+
+    async def _fetch(self, flight: Flight) -> None:
+        """From the source: try until every chunk is here, and store them."""
+        while True:
+            if flight.failures:
+                await self._pause(flight.failures)
+            async with self._slots:
+                self.stats.origin_requests += 1
+                try:
+                    buffers = await self._source.fetch(flight.rows)
+                except (VMThunderError, OSError) as error:
+                    self._failed(flight, error)
+                    continue
+                self._recovered()
+                outcomes = await self._loop.run_in_executor(self._loaders, unpack, flight.image, flight.rows, buffers)
+                right: list[tuple[ChunkRow, Buffer]] = []
+                for row, data in zip(flight.rows, buffers, strict=True):
+                    if want_of(flight.image, row) in outcomes:
+                        right.append((row, data))
+                    else:
+                        self._distrust(flight, row)
+                self.stats.chunks_fetched += len(right)
+                self.stats.bytes_fetched += sum(map(len, buffers))
+                self._remember(outcomes)
+                self._land(flight, outcomes)
+                # The slot is kept until they are stored, so that what waits for a slow disk has a bound too.
+                await self._loop.run_in_executor(self._storer, store, self._cache, right)
+                return
+
+    async def _pause(self, failures: int) -> None:
+        """Wait for the next try; shorter when somebody else got an answer after an outage."""
+        try:
+            async with asyncio.timeout(delay_s(failures, self._rng)):
+                await self._answered.wait()
+        except TimeoutError:
+            pass
+
+    def _distrust(self, flight: Flight, row: ChunkRow) -> None:
+        """Wrong bytes: the chunk goes on in a flight of its own and does not hold up the others."""
+        self.stats.wrong_bytes += 1
+        if flight.why != _WRONG_BYTES:
+            logger.error("origin sent wrong bytes, asking again: %s", _place(flight.image, row))
+        again = self._enter(flight.image, [row])
+        again.since_s, again.failures, again.why = flight.since_s, flight.failures + 1, _WRONG_BYTES
+        self._launch(again, self._fetch(again))
+
+    def _failed(self, flight: Flight, error: Exception) -> None:
+        flight.failures += 1
+        why = str(error) or type(error).__name__
+        if not isinstance(error, OriginUnavailable | OSError):
+            if why != flight.why:
+                logger.error("origin does not give a chunk: %s error=%s", _place(flight.image, flight.rows[0]), why)
+        elif self._away_since_s is None:
+            self._away_since_s = self._clock()
+            logger.error("origin is away, reads wait for it: error=%s", why)
+        flight.why = why
+
+    def _recovered(self) -> None:
+        if self._away_since_s is not None:
+            logger.warning("origin is back: after_s=%.1f", self._clock() - self._away_since_s)
+            self._away_since_s = None
+            self._answered.set()
+            self._answered.clear()
+
+
+def _place(image: Manifest, row: ChunkRow) -> str:
+    return f"image={image.image_id.hex()} chunk={row.index} pack={row.pack.hex()}"

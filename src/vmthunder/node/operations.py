@@ -1,0 +1,100 @@
+"""What an operator, or a program on this host, can ask of a running agent; the handlers behind its socket.
+
+Belongs to the event loop. The keys of the answers are an interface: `vmthunder … --json` prints them.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from vmthunder.errors import Conflict, NotFound
+from vmthunder.fuse.handoff import Handoff, Leave
+from vmthunder.node.catalogue import Catalogue
+from vmthunder.node.control import Handler, Progress
+from vmthunder.node.imagefs import SUFFIX
+from vmthunder.node.materialized import MaterializedImages
+from vmthunder.node.mountstate import MountState
+
+
+class Operations:
+    """Handlers; each takes the request and a way to tell progress, and returns the result."""
+
+    def __init__(
+        self,
+        handoff: Handoff,
+        catalogue: Catalogue,
+        materialized: MaterializedImages,
+        state: MountState,
+        status: Callable[[], dict[str, Any]],
+        leave: Callable[[Leave], None],
+    ) -> None:
+        self._handoff = handoff
+        self._catalogue = catalogue
+        self._materialized = materialized
+        self._state = state
+        self._status = status
+        self._leave = leave
+
+    def handlers(self) -> dict[str, Handler]:
+        return {
+            "status": self.status,
+            "resolve": self.resolve,
+            "materialize": self.materialize,
+            "dematerialize": self.dematerialize,
+            "restart": self.restart,
+            "stop": self.stop,
+        }
+
+    async def status(self, request: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
+        del request, progress
+        return self._status()
+
+    async def resolve(self, request: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
+        del progress
+        manifest = await self._catalogue.find(request["image"])
+        image = manifest.image_id
+        return {
+            "name": self._catalogue.name_of(image),
+            "image_id": image.hex(),
+            "path": f"{self._handoff.mount.mountpoint}/{image.hex()}{SUFFIX}",
+            "virtual_bytes": manifest.virtual_bytes,
+        }
+
+    async def materialize(self, request: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
+        manifest = await self._catalogue.find(request["image"])
+
+        async def tell(done_bytes: int, total_bytes: int) -> None:
+            await progress({"done_bytes": done_bytes, "total_bytes": total_bytes})
+
+        await self._materialized.make(manifest, tell)
+        return {"image_id": manifest.image_id.hex(), "virtual_bytes": manifest.virtual_bytes}
+
+    async def dematerialize(self, request: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
+        """Refused while the copy is open: its space would not come back before, and a guest might lose its disk."""
+        del progress
+        text = request["image"]
+        image = (await self._catalogue.find(text)).image_id
+        if image not in self._materialized:
+            raise NotFound(f"image {text} is not materialized on this node")
+        node = self._state.find(image, materialized=True)
+        if node is not None and node.handles:
+            raise Conflict(
+                f"image {text} is open {len(node.handles)} times from its local copy; stop those guests first"
+            )
+        return {"image_id": image.hex(), "freed_bytes": self._materialized.remove(image)}
+
+    async def restart(self, request: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
+        del request, progress
+        if not self._handoff.keeper_lives:
+            raise Conflict(
+                "this agent's keeper was killed, so nobody could start the next worker; its guests are served until "
+                "`vmthunder agent --stop`"
+            )
+        answer = self._status()
+        self._leave(Leave.HANDOVER)
+        return answer
+
+    async def stop(self, request: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
+        del request, progress
+        answer = self._status()
+        self._leave(Leave.STOP)
+        return answer

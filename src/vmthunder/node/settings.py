@@ -1,0 +1,77 @@
+"""What an operator chose for one agent, and the paths that follow from it. No I/O.
+
+The launcher makes the settings, the keeper carries them as one argument and every worker reads them from there: a
+respawned worker works for the same origin, mount and directories as the one before it.
+"""
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from vmthunder.errors import Usage
+
+DEFAULT_STATE_DIR = Path("/var/lib/vmthunder")
+DEFAULT_RUN_DIR = Path("/run/vmthunder")
+MAX_SOCKET_CHARS = 100
+"""Of 107 that Linux allows (sun_path in unix(7)), with room for a temporary name."""
+
+
+def control_socket(run_dir: Path) -> Path:
+    """Where the agent that owns `run_dir` answers."""
+    return run_dir / "agent.sock"
+
+
+@dataclass(frozen=True, slots=True)
+class AgentSettings:
+    """Settings of one agent. Paths are absolute."""
+
+    origin: str
+    mount: Path
+    state_dir: Path
+    run_dir: Path
+    cache_bytes: int = 10 << 30
+    """Quota of the chunk cache on disk."""
+    decoded_bytes: int = 256 << 20
+    """Budget of decoded chunks in memory."""
+    lookup_timeout_s: float = 30.0
+    """How long opening an image that this node never saw may wait for the origin; 0: for ever."""
+
+    def __post_init__(self) -> None:
+        for path in (self.mount, self.state_dir, self.run_dir):
+            if not path.is_absolute():
+                raise Usage(f"{path} is not an absolute path")
+        if len(os.fsencode(self.socket)) > MAX_SOCKET_CHARS:
+            raise Usage(f"run directory {self.run_dir} is too long for a unix socket; choose a shorter --run-dir")
+        if self.cache_bytes < 0 or self.decoded_bytes < 0 or not 0 <= self.lookup_timeout_s < 1e9:
+            raise Usage("sizes and time-outs of an agent must not be negative")
+
+    @property
+    def socket(self) -> Path:
+        return control_socket(self.run_dir)
+
+    @property
+    def log_file(self) -> Path:
+        """Where a detached agent writes its log."""
+        return self.run_dir / "agent.log"
+
+    @property
+    def mount_state_file(self) -> Path:
+        return self.run_dir / "mount.json"
+
+    @property
+    def materialized_dir(self) -> Path:
+        return self.state_dir / "materialized"
+
+    def to_json(self) -> str:
+        return json.dumps({key: str(v) if isinstance(v, Path) else v for key, v in asdict(self).items()})
+
+    @classmethod
+    def from_json(cls, text: str) -> "AgentSettings":
+        """Raises Usage."""
+        try:
+            fields = json.loads(text)
+            fields.update((key, Path(fields[key])) for key in ("mount", "state_dir", "run_dir"))
+            return cls(**fields)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise Usage(f"these are not the settings of an agent: {error!r}") from None

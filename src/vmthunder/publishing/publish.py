@@ -1,0 +1,141 @@
+"""A source becomes a published image: chunks, packs, manifest, and last of all the ref that makes it visible.
+
+Until the ref is put nothing that was there is changed and nothing new can be seen, so a publish may die anywhere. What
+it stored by then is found by the next run through the packs' footers, or removed by gc.
+"""
+
+import contextlib
+import os
+import time
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from vmthunder.errors import Corrupt, NotFound
+from vmthunder.ids import ImageId, ImageName, digest
+from vmthunder.image.chunk import DEFAULT_CHUNK_BYTES, DEFAULT_LEVEL, check_chunk_bytes
+from vmthunder.image.manifest import Manifest, ManifestBuilder
+from vmthunder.origin.index import KnownChunks
+from vmthunder.origin.lock import publish_lease
+from vmthunder.origin.origin import Origin
+from vmthunder.origin.ref import Ref
+from vmthunder.publishing.download import Watch
+from vmthunder.publishing.encoding import encode_source
+from vmthunder.publishing.packing import Occurrence, PackWriter
+from vmthunder.publishing.source import Source
+
+
+@dataclass(frozen=True)
+class Published:
+    """What a publish did. Sizes in bytes."""
+
+    name: ImageName
+    image_id: ImageId
+    virtual_bytes: int
+    allocated_bytes: int
+    """Of the disk, in slices that are not zero."""
+    new_bytes: int
+    """Of those, in slices whose chunk the origin did not have."""
+    stored_bytes: int
+    """Written to the origin: packs and manifest."""
+    elapsed_s: float
+    unchanged: bool
+    """The name meant these very contents before."""
+
+
+async def publish(
+    source: Source,
+    name: ImageName,
+    origin: Origin,
+    *,
+    chunk_bytes: int = DEFAULT_CHUNK_BYTES,
+    level: int = DEFAULT_LEVEL,
+    threads: int | None = None,
+    watch: Watch | None = None,
+) -> Published:
+    """Publish an open source under a name, which from then on means this image.
+
+    Args:
+        source: stays open; the caller closes it.
+        name: replaced if it exists.
+        origin: must be writable.
+        chunk_bytes: a power of two.
+        level: of zstd.
+        threads: that read and encode; one for each CPU we may use if None.
+        watch: called with bytes of the source done and in all.
+
+    Raises:
+        Conflict: the source changed while it was read, or gc runs.
+        Usage, Failure, NoSpace, NotPermitted, OriginUnavailable
+    """
+    began_s = time.monotonic()
+    check_chunk_bytes(chunk_bytes)
+    builder = ManifestBuilder(source.virtual_bytes, chunk_bytes)
+    threads = threads or len(os.sched_getaffinity(0))
+    allocated_bytes = new_bytes = encoded_bytes = 0
+    async with publish_lease(origin) as lease, KnownChunks.refreshed(origin) as known:
+        packs = PackWriter(origin, known)
+        try:
+            async with contextlib.aclosing(encode_source(source, chunk_bytes, level, threads)) as spans:
+                async for span in spans:
+                    for index, slice_bytes, encoded in span.chunks:
+                        place = await packs.place(encoded)
+                        builder.add(index, encoded.chunk_id, len(encoded.data), place.pack_number, place.offset)
+                        allocated_bytes += slice_bytes
+                        if place.occurrence is not Occurrence.REPEATED:
+                            encoded_bytes += len(encoded.data)
+                        if place.occurrence is Occurrence.NEW:
+                            new_bytes += slice_bytes
+                    if watch is not None:
+                        watch(span.end, source.virtual_bytes)
+            manifest = builder.finish(await packs.finish())
+            if watch is not None:
+                watch(source.virtual_bytes, source.virtual_bytes)  # it may end with a hole
+        except BaseException:
+            await packs.abandon()
+            raise
+        source.check_unchanged()
+        ref = await _same(origin, name, manifest, known)
+        unchanged = ref is not None
+        if ref is None:
+            ref = Ref(
+                name=name,
+                image_id=await origin.put_manifest(manifest),
+                virtual_bytes=source.virtual_bytes,
+                chunk_bytes=chunk_bytes,
+                allocated_bytes=allocated_bytes,
+                stored_bytes=encoded_bytes,
+                published_at=datetime.now(UTC).isoformat(timespec="seconds"),
+            )
+            lease.require()
+            await origin.put_ref(ref)
+    return Published(
+        name=name,
+        image_id=ref.image_id,
+        virtual_bytes=source.virtual_bytes,
+        allocated_bytes=allocated_bytes,
+        new_bytes=new_bytes,
+        stored_bytes=packs.stored_bytes + (0 if unchanged else len(manifest)),
+        elapsed_s=time.monotonic() - began_s,
+        unchanged=unchanged,
+    )
+
+
+async def _same(origin: Origin, name: ImageName, encoded: bytes, known: KnownChunks) -> Ref | None:
+    """The ref that `name` has, if it means the contents of `encoded` already and none of its packs is damaged.
+
+    The manifests may differ all the same: a chunk that is in two packs may be named in either.
+    """
+    try:
+        ref = await origin.ref(name)
+        before = await origin.manifest(ref.image_id)
+    except (NotFound, Corrupt):
+        return None  # a damaged one is replaced
+    now = Manifest.decode(encoded, ImageId(digest(encoded)))
+    if (before.virtual_bytes, before.chunk_bytes, before.row_count) != (
+        now.virtual_bytes,
+        now.chunk_bytes,
+        now.row_count,
+    ):
+        return None
+    same = all(a.index == b.index and a.chunk_id == b.chunk_id for a, b in zip(before.rows(), now.rows(), strict=True))
+    return ref if same and known.has(before.packs) else None

@@ -1,0 +1,148 @@
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from vmthunder.ids import ChunkId
+from vmthunder.node.eviction import CORRELATED_USES, S3Fifo
+
+
+def chunk(number: int) -> ChunkId:
+    return ChunkId(number.to_bytes(32, "big"))
+
+
+def store(queues: S3Fifo, numbers: range, size_bytes: int = 1) -> list[ChunkId]:
+    """Store chunks that are not there; what had to go."""
+    gone: list[ChunkId] = []
+    for number in numbers:
+        if chunk(number) in queues:
+            queues.touch(chunk(number))
+            continue
+        room = queues.make_room(chunk(number), size_bytes)
+        assert room is not None
+        queues.add(chunk(number), size_bytes, to_main=room.to_main)
+        gone += room.evicted
+    return gone
+
+
+def kept(queues: S3Fifo, numbers: range) -> int:
+    return sum(chunk(number) in queues for number in numbers)
+
+
+def use_apart(queues: S3Fifo, numbers: range) -> None:
+    """Use chunks long after whatever they were used for before."""
+    for _ in range(CORRELATED_USES):
+        queues.touch(chunk(1 << 200))
+    for number in numbers:
+        queues.touch(chunk(number))
+
+
+BOOT = range(500)
+SCAN = range(10_000, 20_000)
+
+
+def test_a_scan_takes_nothing_from_a_boot_that_was_read_once_before_it() -> None:
+    queues = S3Fifo(1000)
+    store(queues, BOOT)
+    store(queues, SCAN)
+    assert kept(queues, BOOT) == len(BOOT)
+
+
+def test_a_boot_that_comes_after_a_scan_and_again_outlives_the_next_scan() -> None:
+    queues = S3Fifo(1000)
+    store(queues, SCAN)
+    store(queues, range(80))
+    use_apart(queues, range(80))
+    store(queues, range(30_000, 40_000))
+    assert kept(queues, range(80)) == 80
+
+
+def test_a_boot_larger_than_the_small_queue_is_taken_in_when_it_comes_back() -> None:
+    queues = S3Fifo(1000)
+    store(queues, SCAN)
+    for _ in range(3):
+        store(queues, BOOT)
+    store(queues, range(30_000, 40_000))
+    assert kept(queues, BOOT) >= 0.8 * len(BOOT)
+
+
+def test_a_scan_in_small_steps_counts_as_one_use() -> None:
+    queues = S3Fifo(1000)
+    store(queues, BOOT)
+    for number in SCAN:
+        for _ in range(16):
+            store(queues, range(number, number + 1))
+    assert kept(queues, BOOT) == len(BOOT)
+
+
+def test_what_is_never_used_again_makes_room_in_the_end() -> None:
+    queues = S3Fifo(1000)
+    store(queues, SCAN)
+    for _ in range(4):
+        store(queues, BOOT)
+        use_apart(queues, BOOT)
+    assert kept(queues, BOOT) > 0.9 * len(BOOT)
+
+
+def test_what_never_fits_changes_nothing() -> None:
+    queues = S3Fifo(1000)
+    store(queues, BOOT)
+    assert queues.make_room(chunk(10**6), 1001) is None
+    assert S3Fifo(0).make_room(chunk(1), 1) is None
+    assert kept(queues, BOOT) == len(BOOT)
+
+
+@pytest.mark.parametrize("sizes", [range(1, 50), range(49, 0, -1)])
+def test_promoted_chunks_are_told(sizes: range) -> None:
+    queues = S3Fifo(1000)
+    store(queues, SCAN)
+    store(queues, range(50))
+    use_apart(queues, range(50))
+    promoted: set[ChunkId] = set()
+    for number, size_bytes in enumerate(sizes, 50_000):
+        room = queues.make_room(chunk(number), size_bytes)
+        assert room is not None
+        queues.add(chunk(number), size_bytes, to_main=room.to_main)
+        promoted.update(room.promoted)
+    assert promoted == {chunk(number) for number in range(50)}
+
+
+class Machine(RuleBasedStateMachine):
+    """Any sequence of calls against a plain dictionary."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.queues = S3Fifo(100)
+        self.sizes: dict[ChunkId, int] = {}
+
+    @rule(number=st.integers(0, 40), size_bytes=st.integers(1, 120))
+    def store(self, number: int, size_bytes: int) -> None:
+        if chunk(number) in self.sizes:
+            self.queues.touch(chunk(number))
+            return
+        room = self.queues.make_room(chunk(number), size_bytes)
+        assert (room is None) == (size_bytes > 100)
+        if room is not None:
+            for gone in room.evicted:
+                del self.sizes[gone]
+            assert sum(self.sizes.values()) + size_bytes <= 100
+            self.queues.add(chunk(number), size_bytes, to_main=room.to_main)
+            self.sizes[chunk(number)] = size_bytes
+
+    @rule(number=st.integers(0, 40))
+    def remove(self, number: int) -> None:
+        assert self.queues.remove(chunk(number)) == (self.sizes.pop(chunk(number), None) is not None)
+
+    @rule(number=st.integers(0, 40))
+    def use_apart(self, number: int) -> None:
+        use_apart(self.queues, range(number, number + 1))
+
+    @invariant()
+    def counts_what_is_here(self) -> None:
+        assert self.queues.used_bytes == sum(self.sizes.values())
+        assert len(self.queues) == len(self.sizes)
+        assert all(self.queues.size_bytes(chunk_id) == size for chunk_id, size in self.sizes.items())
+
+
+Machine.TestCase.settings = settings(max_examples=60, stateful_step_count=60, deadline=None)
+test_any_sequence_of_calls = Machine.TestCase

@@ -1,0 +1,34 @@
+import pytest
+
+from node.images import CHUNK_BYTES, Packs, random_image
+from vmthunder.node.source import MAX_RUN_BYTES, OriginSource, runs
+
+
+def test_chunks_back_to_back_in_a_pack_are_one_run() -> None:
+    image = random_image(8)
+    assert runs(image.rows(0, 8)) == [image.rows(0, 8)]
+
+
+def test_a_gap_or_another_pack_begins_a_new_run() -> None:
+    image = random_image(8, pack_chunks=4)
+    rows = image.rows(0, 2) + image.rows(3, 3)
+    assert sorted(map(len, runs(reversed(rows)))) == [1, 2, 2]
+
+
+def test_a_run_has_a_bound() -> None:
+    image = random_image(3 * MAX_RUN_BYTES // CHUNK_BYTES, pack_chunks=10**6)
+    found = runs(image.rows(0, image.manifest.chunk_count))
+    assert len(found) > 1
+    assert max(sum(row.encoded_bytes for row in run) for run in found) <= MAX_RUN_BYTES
+    assert [row for run in found for row in run] == image.rows(0, image.manifest.chunk_count)
+
+
+@pytest.mark.asyncio
+async def test_one_request_brings_the_bytes_of_every_chunk_of_a_run() -> None:
+    image = random_image(8)
+    packs = Packs(image)
+    rows = image.rows(2, 4)
+    buffers = await OriginSource(packs).fetch(rows)
+    (pack,) = image.packs.values()
+    assert [bytes(data) for data in buffers] == [pack[row.offset :][: row.encoded_bytes] for row in rows]
+    assert len(packs.requests) == 1
