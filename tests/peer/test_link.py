@@ -166,6 +166,22 @@ async def test_a_demand_read_overtakes_background_reads() -> None:
         await asyncio.gather(*background)
 
 
+async def test_a_demand_reads_answer_overtakes_answers_that_wait_to_be_sent() -> None:
+    order: list[ChunkId] = []
+    async with linked() as (alice, bob):
+        assert alice._transport is not None
+        alice._transport.pause_reading()
+        waiting = alice.get(ROUTE, chunks())
+        await until(lambda: len(bob._ready[Priority.BACKGROUND]) > 10)
+        (demand,) = alice.get(DEMAND, [(chunk_id(999), SIZE)])
+        await until(lambda: bool(bob._todo[Priority.DEMAND]))
+        for waiter in (*waiting, demand):
+            waiter.add_done_callback(lambda done: order.append(ChunkId(bytes(done.result()[:32]))))
+        alice._transport.resume_reading()
+        await asyncio.gather(*waiting, demand)
+    assert order.index(chunk_id(999)) < 200
+
+
 async def test_cancelling_a_request_cancels_the_work_for_it() -> None:
     stopped = asyncio.Event()
 

@@ -225,6 +225,14 @@ def test_questions_about_what_is_held_are_answered_bit_by_bit() -> None:
     assert feed(alice, bob.held(request, held)) == [Held(request, held)]
 
 
+@pytest.mark.parametrize("bits", [b"\x08", b"\x07\x00"])
+def test_an_answer_about_more_than_was_asked_is_refused(bits: bytes) -> None:
+    alice, _ = opened()
+    request, _ = alice.have(SWARM, [chunk_id(number) for number in range(3)])
+    with pytest.raises(RemoteProtocolError, match="not what it was asked"):
+        feed(alice, frames.encode(Kind.HELD, request, bits))
+
+
 def test_a_ping_is_answered_by_itself() -> None:
     alice, bob = opened()
     request, data = alice.ping()

@@ -19,7 +19,7 @@ def test_everybody_has_everything_within_a_quarter_above_the_bound(nodes: int) -
 def test_saying_busy_levels_rows_that_are_not_full(nodes: int) -> None:
     unequal = spread(nodes, CHUNKS)
     level = spread(nodes, CHUNKS, busy_after=16)
-    assert level.time_over_bound <= min(1.25, unequal.time_over_bound + 0.05)
+    assert level.time_over_bound <= min(1.3, unequal.time_over_bound + 0.05)
     assert level.origin_over_unique == 1.0
 
 

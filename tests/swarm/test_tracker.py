@@ -136,6 +136,17 @@ def test_a_node_whose_poll_breaks_off_has_a_moment_to_come_back() -> None:
         assert (SWARM in tracker.swarms()) is comes_back
 
 
+def test_a_node_whose_polls_often_break_off_costs_no_memory() -> None:
+    tracker = Tracker(1)
+    version = tracker.join(join(1), 0).version
+    for now in range(0, 5000, 5):
+        tracker.poll(poll(1, version), 7, now)
+        tracker.hung_up(7, now)
+        tracker.poll(poll(1, version), 8, now + 1)
+        tracker.tick(now + GRACE_S)
+    assert len(tracker._expiries) < 100
+
+
 def test_a_poll_that_was_given_up_in_good_order_shortens_no_lease() -> None:
     tracker = Tracker(1)
     version = tracker.join(join(1), 0).version
