@@ -42,7 +42,15 @@ def image_server(origin: Path, link: Link | None = None) -> Iterator[tuple[str, 
     """Serve a directory origin over HTTP, on loopback or at the far end of a link; gives its URL."""
     address = FAR_ADDRESS if link else "127.0.0.1"
     log = origin.with_name(f"{origin.name}-server-{address}.log")
-    argv = [*VMTHUNDER, "server", "--root", str(origin), "--listen", f"{address}:0"]
+    # Whatever this machine's cluster key is, it has nothing to do with a benchmark.
+    argv = [
+        *VMTHUNDER,
+        "server",
+        f"--root={origin}",
+        f"--listen={address}:0",
+        f"--cluster-key={_key_file(origin)}",
+        "--no-p2p",
+    ]
     start = partial(Process, "image server", argv, log)
     process = link.far.run(start) if link else start()
     try:
@@ -67,6 +75,8 @@ def compute_node(origin_url: str, directory: Path, cache_bytes: int) -> Iterator
                 f"--state-dir={directory / 'state'}",
                 f"--run-dir={run_dir}",
                 f"--cache-size={cache_bytes}",
+                f"--cluster-key={_key_file(directory)}",
+                "--no-p2p",
             ]
             client = AgentClient(control_socket(Path(run_dir)))
             with running("agent", argv, directory / "agent.log") as process:
@@ -74,6 +84,11 @@ def compute_node(origin_url: str, directory: Path, cache_bytes: int) -> Iterator
                 yield Node(process, client)
     finally:
         shutil.rmtree(directory, ignore_errors=True)
+
+
+def _key_file(beside: Path) -> Path:
+    """Made by the image server, whose nodes have their directories beside its own."""
+    return beside.with_name("cluster.key")
 
 
 def _serves(client: AgentClient) -> bool:

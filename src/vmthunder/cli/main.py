@@ -20,6 +20,7 @@ COMMANDS: Mapping[str, str] = {
     "rm": "vmthunder.cli.images:rm",
     "gc": "vmthunder.cli.images:gc",
     "server": "vmthunder.cli.server:server",
+    "swarm": "vmthunder.cli.swarm:swarm",
     "agent": "vmthunder.cli.agent:agent",
     "status": "vmthunder.cli.agent:status",
     "materialize": "vmthunder.cli.agent:materialize",

@@ -20,6 +20,7 @@ from vmthunder.node.materialized import MaterializedImages
 from vmthunder.node.mountstate import MountState
 from vmthunder.node.pusher import Pusher
 from vmthunder.node.settings import AgentSettings
+from vmthunder.swarm.membership import Membership
 
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
@@ -39,6 +40,7 @@ class Status:
         decoded: DecodedChunks,
         fetcher: Fetcher,
         pusher: Pusher,
+        membership: Membership | None,
     ) -> None:
         self._settings = settings
         self._handoff = handoff
@@ -50,6 +52,7 @@ class Status:
         self._decoded = decoded
         self._fetcher = fetcher
         self._pusher = pusher
+        self._membership = membership
 
     def snapshot(self) -> dict[str, Any]:
         agreed = self._handoff.negotiated
@@ -71,6 +74,7 @@ class Status:
             },
             "fetch": asdict(self._fetcher.stats),
             "pushed": {"bytes": self._pusher.pushed_bytes, "dropped": self._pusher.dropped},
+            "swarm": self._membership and self._membership.status(),
             "waiting": self._catalogue.waiting() + self._fetcher.waiting(),
             "rss_bytes": int(Path("/proc/self/statm").read_text().split()[1]) * _PAGE_BYTES,
         }

@@ -10,9 +10,10 @@ import asyncio
 import contextlib
 import logging
 import os
+import random
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NoReturn
 
@@ -20,9 +21,10 @@ from vmthunder.errors import CorruptFile, VMThunderError
 from vmthunder.fuse.handoff import Cause, Handoff, Leave
 from vmthunder.fuse.memory import prepare_worker_memory
 from vmthunder.fuse.session import Session
-from vmthunder.ids import Buffer
+from vmthunder.ids import Buffer, ImageId
 from vmthunder.image.manifest import Manifest
 from vmthunder.node import control
+from vmthunder.node.backoff import delay_s
 from vmthunder.node.cache import ChunkCache
 from vmthunder.node.catalogue import Catalogue
 from vmthunder.node.decoded import DecodedChunks
@@ -33,10 +35,13 @@ from vmthunder.node.materialized import MaterializedImages
 from vmthunder.node.mountstate import MountState, Node
 from vmthunder.node.operations import Operations
 from vmthunder.node.pusher import Pusher
-from vmthunder.node.settings import AgentSettings
+from vmthunder.node.settings import AgentSettings, parse_address
 from vmthunder.node.source import OriginSource
 from vmthunder.node.status import Status
 from vmthunder.origin.origin import Origin
+from vmthunder.swarm.identity import node_id
+from vmthunder.swarm.key import ClusterKey
+from vmthunder.swarm.membership import Membership
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +76,8 @@ async def _serve(settings: AgentSettings, handoff: Handoff) -> Leave:
         loop.add_signal_handler(number, orders.put_nowait, Leave.STOP)
 
     async with contextlib.AsyncExitStack() as stack:
-        origin = Origin.open(settings.origin)
+        key = _cluster_key(settings, handoff)
+        origin = Origin.open(settings.origin, token=key and key.token)
         state = _mount_state(settings, handoff)
         cache = ChunkCache(settings.state_dir, settings.cache_bytes)
         stack.callback(cache.close)
@@ -90,14 +96,31 @@ async def _serve(settings: AgentSettings, handoff: Handoff) -> Leave:
 
             return OnDemandImage(manifest, fetcher, push)
 
-        files = ImageFileSystem(catalogue, materialized, state, open_image, LocalImage)
+        def reads() -> dict[ImageId, int]:
+            """What was read of the images that are open and not local."""
+            return {
+                node.image_id: files.read_bytes(node.number)
+                for node in state.nodes()
+                if node.handles and not node.materialized
+            }
+
+        membership = _membership(settings, key, reads)
+        files = ImageFileSystem(catalogue, materialized, state, open_image, LocalImage, membership)
         session = Session(handoff.fuse_fd, handoff.negotiated, files, loop)
         if handoff.negotiated.passthrough:
             files.backing = session
         pusher = Pusher(session.notify_store, handoff.fuse_fd)
         stack.callback(pusher.stop)
-        status = Status(settings, handoff, state, files, catalogue, materialized, cache, decoded, fetcher, pusher)
+        status = Status(
+            settings, handoff, state, files, catalogue, materialized, cache, decoded, fetcher, pusher, membership
+        )
         operations = Operations(handoff, catalogue, materialized, state, status.snapshot, orders.put_nowait)
+
+        if membership is not None:
+            for image in reads():  # those that the worker before us was asked for
+                membership.use(image)
+            membership.start()
+            stack.push_async_callback(membership.close)
 
         prepare_worker_memory()
         session.start(resend=handoff.cause is not Cause.START)
@@ -109,6 +132,8 @@ async def _serve(settings: AgentSettings, handoff: Handoff) -> Leave:
         how = await _told_to_leave(session, orders)
         log.info("event=leaving how=%s", how.name.lower())
         if how is Leave.STOP:
+            if membership is not None:
+                await membership.leave_all()
             for promise in (settings.socket, settings.mount_state_file):
                 promise.unlink(missing_ok=True)
     return how
@@ -129,6 +154,38 @@ async def _told_to_leave(session: Session, orders: "asyncio.Queue[Leave]") -> Le
         # This kernel would never send again what we leave unanswered: rather an old worker than a guest that hangs.
         log.error("event=handover_refused unanswered=%d reason=%s", left, "reads wait for the origin")
         session.start()
+
+
+def _cluster_key(settings: AgentSettings, handoff: Handoff) -> ClusterKey | None:
+    if settings.cluster_key is None:
+        return None
+    try:
+        return ClusterKey.load(settings.cluster_key)
+    except VMThunderError as error:
+        if handoff.cause is Cause.START:
+            raise
+        # Guests depend on us: cached chunks and local copies are served without it.
+        log.critical("event=cluster_key_lost reason=%s", error)
+        return None
+
+
+def _membership(
+    settings: AgentSettings, key: ClusterKey | None, reads: Callable[[], dict[ImageId, int]]
+) -> Membership | None:
+    """The node's side of its swarms. None: it is in none, since peers talk only to those who have the key."""
+    if settings.tracker is None or key is None:
+        return None
+    _, port = parse_address(settings.peer_listen, "--peer-listen")
+    return Membership(
+        settings.tracker,
+        key.token,
+        node_id(settings.node_id_file),
+        port,
+        rack=settings.rack,
+        host=settings.advertise,
+        reads=reads,
+        backoff=lambda failures: delay_s(failures, random.random),
+    )
 
 
 def _mount_state(settings: AgentSettings, handoff: Handoff) -> MountState:
