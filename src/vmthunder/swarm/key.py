@@ -7,12 +7,13 @@ HTTP requests (here) and the key of the peers' handshake (`peer.wire.cluster_key
 import os
 import secrets
 import stat
+import tempfile
 from pathlib import Path
 from typing import Final, NamedTuple
 
 from blake3 import blake3
 
-from vmthunder.errors import CorruptFile, NoSpace, NotFound, NotPermitted
+from vmthunder.errors import CorruptFile, Failure, NotFound, NotPermitted
 from vmthunder.ids import is_hex_digest
 
 DEFAULT_KEY_FILE: Final = Path("/var/lib/vmthunder/cluster.key")
@@ -65,7 +66,7 @@ class ClusterKey(NamedTuple):
 
         Raises:
             NotPermitted, CorruptFile: as `load`.
-            NotPermitted, NoSpace: it cannot be made.
+            NotPermitted, Failure: it cannot be made.
         """
         try:
             return cls.load(path), False
@@ -74,16 +75,15 @@ class ClusterKey(NamedTuple):
         try:
             created = _create(path)
         except OSError as error:
-            wrong = NotPermitted if isinstance(error, PermissionError) else NoSpace
-            raise wrong(f"cluster key {path} cannot be made ({error.strerror}); choose another --cluster-key") from None
+            kind = NotPermitted if isinstance(error, PermissionError) else Failure
+            raise kind(f"cluster key {path} cannot be made ({error.strerror}); choose another --cluster-key") from None
         return cls.load(path), created
 
 
 def _create(path: Path) -> bool:
     """Make a key file, whole and durable: nodes will get copies. False if somebody else was faster."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}")
-    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=".cluster-key-")  # for us alone
     try:
         os.write(fd, f"{secrets.token_hex(_SECRET_BYTES)}\n".encode())
         os.fsync(fd)
@@ -92,5 +92,5 @@ def _create(path: Path) -> bool:
         return False
     finally:
         os.close(fd)
-        temporary.unlink()
+        Path(temporary).unlink()
     return True
