@@ -10,11 +10,11 @@ from vmthunder.swarm.key import ClusterKey
 
 
 class Server:
-    """Serves an empty origin, and the tracker. It makes its key when it starts for the first time."""
+    """Serves `directory/origin`, and the tracker. It makes its key when it starts for the first time."""
 
     def __init__(self, directory: Path, *options: str, with_key: bool = True) -> None:
         self.root = directory / "origin"
-        self.root.mkdir()
+        self.root.mkdir(exist_ok=True)
         self.key_file = directory / "cluster.key"
         self.log_file = directory / "server.log"
         self.url = ""
