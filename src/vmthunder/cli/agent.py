@@ -157,8 +157,8 @@ def _print_status(report: dict[str, Any]) -> None:
             table.add_column(column, justify="right" if column in {"size", "open", "read"} else "left")
         for image in report["images"]:
             table.add_row(
-                image["name"] or "—",
-                image["image_id"][:12],
+                _name(image),
+                image["image_id"][: 12 if image["current"] else None],
                 size_text(image["virtual_bytes"]),
                 str(image["open"]),
                 size_text(image["read_bytes"]),
@@ -171,6 +171,12 @@ def _print_status(report: dict[str, Any]) -> None:
         console.print(f"waiting  {entry['image'][:40]}{chunk} for {_duration(entry['since_s'])}: {entry['why']}")
     if len(waiting) > WAITING_SHOWN:
         console.print(f"waiting  … and {len(waiting) - WAITING_SHOWN} more")
+
+
+def _name(image: dict[str, Any]) -> str:
+    if image["current"]:
+        return str(image["name"])
+    return f"{image['name']} (older)" if image["name"] else "—"
 
 
 def _duration(seconds: float) -> str:
