@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from rich.console import JustifyMethod
 from rich.table import Table
 
 from vmthunder.cli.output import bytes_progress, console, emit, json_option, size_text
@@ -154,7 +155,8 @@ def _print_status(report: dict[str, Any]) -> None:
     if report["images"]:
         table = Table(box=None, pad_edge=False)
         for column in ("image", "id", "size", "open", "read", "where"):
-            table.add_column(column, justify="right" if column in {"size", "open", "read"} else "left")
+            justify: JustifyMethod = "right" if column in {"size", "open", "read"} else "left"
+            table.add_column(column, justify=justify, overflow="fold")
         for image in report["images"]:
             table.add_row(
                 _name(image),
