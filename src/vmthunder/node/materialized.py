@@ -176,12 +176,21 @@ def _write(path: Path, places: Sequence[int], slices: Sequence[Buffer]) -> None:
     # Opened here and not by the job: a job that is cancelled must not close the file under a thread that writes.
     descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
     try:
-        for offset, data in zip(places, slices, strict=True):
+        for offset, data in _runs(places, slices):
             written = 0
             while written < len(data):
                 written += os.pwrite(descriptor, memoryview(data)[written:], offset + written)
     finally:
         os.close(descriptor)
+
+
+def _runs(places: Sequence[int], slices: Sequence[Buffer]) -> Iterator[tuple[int, bytes]]:
+    """Slices that lie side by side, joined: the kernel caches a long write in large folios, which are read faster."""
+    start = 0
+    for end in range(1, len(places) + 1):
+        if end == len(places) or places[end] != places[end - 1] + len(slices[end - 1]):
+            yield places[start], b"".join(slices[start:end])
+            start = end
 
 
 def _finish(part: Path, path: Path) -> None:
