@@ -38,7 +38,11 @@ from vmthunder.publishing.source import open_source
     help="Format of SOURCE; auto looks at its first bytes.",
 )
 @click.option(
-    "--chunk-size", "chunk_bytes", type=BYTES, default=DEFAULT_CHUNK_BYTES, help="A power of two, 4KiB to 4MiB."
+    "--chunk-size",
+    "chunk_bytes",
+    type=BYTES,
+    default=f"{DEFAULT_CHUNK_BYTES >> 10}KiB",
+    help="A power of two, 4KiB to 4MiB.",
 )
 @click.option("--level", type=click.IntRange(MIN_LEVEL, MAX_LEVEL), default=DEFAULT_LEVEL, help="Of zstd.")
 @click.option("--threads", type=click.IntRange(1, 256), help="That read and compress.  [default: one per CPU]")
