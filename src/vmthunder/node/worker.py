@@ -8,16 +8,17 @@ What is not expected ends the process loudly: the keeper starts another one, and
 
 import asyncio
 import contextlib
+import errno
 import logging
 import os
 import random
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NoReturn
 
-from vmthunder.errors import CorruptFile, VMThunderError
+from vmthunder.errors import CorruptFile, Failure, NoSpace, VMThunderError
 from vmthunder.fuse.handoff import Cause, Handoff, Leave
 from vmthunder.fuse.memory import prepare_worker_memory
 from vmthunder.fuse.session import Session
@@ -63,7 +64,8 @@ def main(arguments: Sequence[str] = sys.argv) -> NoReturn:
         how = asyncio.run(_serve(settings, handoff))
     except VMThunderError as error:
         sys.stderr.write(f"vmthunder: {error}\n")
-        sys.exit(error.exit_code)
+        sys.stderr.flush()
+        os._exit(error.exit_code)  # The object store's threads do not survive the end of the interpreter.
     handoff.leave(how)
 
 
@@ -76,17 +78,18 @@ async def _serve(settings: AgentSettings, handoff: Handoff) -> Leave:
         loop.add_signal_handler(number, orders.put_nowait, Leave.STOP)
 
     async with contextlib.AsyncExitStack() as stack:
-        key = _cluster_key(settings, handoff)
-        origin = Origin.open(settings.origin, token=key and key.token)
-        state = _mount_state(settings, handoff)
-        cache = ChunkCache(settings.state_dir, settings.cache_bytes)
-        stack.callback(cache.close)
-        await asyncio.to_thread(cache.recover)
-        decoded = DecodedChunks(settings.decoded_bytes)
-        fetcher = Fetcher(OriginSource(origin), cache, decoded)
-        stack.push_async_callback(fetcher.close)
-        catalogue = Catalogue(origin, settings.state_dir, settings.lookup_timeout_s)
-        materialized = MaterializedImages(settings.materialized_dir, fetcher.read)
+        with _explained(settings):
+            key = _cluster_key(settings, handoff)
+            origin = Origin.open(settings.origin, token=key and key.token)
+            state = _mount_state(settings, handoff)
+            cache = ChunkCache(settings.state_dir, settings.cache_bytes)
+            stack.callback(cache.close)
+            await asyncio.to_thread(cache.recover)
+            decoded = DecodedChunks(settings.decoded_bytes)
+            fetcher = Fetcher(OriginSource(origin), cache, decoded)
+            stack.push_async_callback(fetcher.close)
+            catalogue = Catalogue(origin, settings.state_dir, settings.lookup_timeout_s)
+            materialized = MaterializedImages(settings.materialized_dir, fetcher.read)
 
         def open_image(node: Node, manifest: Manifest) -> OnDemandImage:
             number = node.number
@@ -99,7 +102,7 @@ async def _serve(settings: AgentSettings, handoff: Handoff) -> Leave:
         def reads() -> dict[ImageId, int]:
             """What was read of the images that are open and not local."""
             return {
-                node.image_id: files.read_bytes(node.number)
+                node.image_id: files.read_bytes(node)
                 for node in state.nodes()
                 if node.handles and not node.materialized
             }
@@ -186,6 +189,17 @@ def _membership(
         reads=reads,
         backoff=lambda failures: delay_s(failures, random.random),
     )
+
+
+@contextlib.contextmanager
+def _explained(settings: AgentSettings) -> Iterator[None]:
+    """A directory that cannot be used is an operator's business, not a bug."""
+    try:
+        yield
+    except OSError as error:
+        kind = NoSpace if error.errno in {errno.ENOSPC, errno.EDQUOT} else Failure
+        place = error.filename or settings.state_dir
+        raise kind(f"the agent cannot use {place}: {error.strerror}") from None
 
 
 def _mount_state(settings: AgentSettings, handoff: Handoff) -> MountState:
