@@ -1,10 +1,15 @@
 """What every kind of origin must do."""
 
 import asyncio
+import threading
 from datetime import UTC, datetime
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 
+from conftest import RunCli, one_line
 from contract.conftest import Place
 from vmthunder.errors import Conflict, Corrupt, CorruptFile, CorruptManifest, CorruptPack, NotFound, NotPermitted
 from vmthunder.ids import ImageId, PackId, digest, image_name
@@ -156,3 +161,32 @@ def test_damage_found_where_it_can_be_written_down_is_not_built_upon(place: Plac
     assert found.footers == ()
     assert found.marked == place.open().writable
     assert run.run(trusted(writer, run.run(writer.packs()))) == ([] if found.marked else run.run(writer.packs()))
+
+
+@pytest.mark.parametrize("command", [["images"], ["gc"], ["verify", "a"], ["rm", "a"]])
+def test_a_bucket_that_does_not_exist_is_one_line(s3_bucket: str, command: list[str], run_cli: RunCli) -> None:
+    done = run_cli(*command, "--origin", f"{s3_bucket.rpartition('/')[0]}-none/prefix")
+    assert done.returncode == 3
+    assert "bucket" in one_line(done.stderr)
+    assert "create it first" in done.stderr
+
+
+def test_a_plain_web_server_cannot_list_and_must_have_ranges(tmp_path: Path, run_cli: RunCli) -> None:
+    asyncio.run(publish(Origin.open(str(tmp_path))))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Quiet, directory=str(tmp_path)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        url = f"http://127.0.0.1:{server.server_address[1]}"
+        assert asyncio.run(Origin.open(url).ref(NAME)).name == NAME
+        for command, code, says in ((["images"], 3, "cannot list images"), (["verify", NAME], 2, "cannot send ranges")):
+            done = run_cli(*command, "--origin", url)
+            assert done.returncode == code
+            assert says in one_line(done.stderr)
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+class _Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *_: object) -> None:
+        pass

@@ -15,7 +15,7 @@ from node.committer import content
 from node.images import make_cold
 from vmthunder.errors import Conflict, Failure, NoSpace, NotPermitted
 from vmthunder.ids import ChunkId, digest
-from vmthunder.node.cache import ChunkCache
+from vmthunder.node.cache import QUIET_S, ChunkCache
 from vmthunder.node.eviction import CORRELATED_USES
 
 MIB = 1 << 20
@@ -160,6 +160,26 @@ def test_a_load_that_may_not_wait_answers_only_from_the_page_cache(directory: Pa
         assert cache.stats()["corrupt"] == 0
 
 
+def test_a_file_that_is_in_the_page_cache_in_part_is_not_taken_for_a_damaged_one(directory: Path) -> None:
+    data = random.Random(1).randbytes(60_000)
+    with opened(directory) as cache:
+        chunk_id = commit(cache, data)
+        make_cold(cache, chunk_id)
+        descriptor = os.open(file_of(directory, chunk_id), os.O_RDONLY)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)  # no read-ahead
+        os.pread(descriptor, 4096, 0)
+        os.close(descriptor)
+        assert cache.load(chunk_id, wait=False) is None
+        assert cache.stats()["corrupt"] == 0
+        assert loaded(cache, chunk_id) == data
+
+
+def test_a_chunk_that_is_committed_twice_is_counted_once(directory: Path) -> None:
+    with opened(directory) as cache:
+        assert commit(cache, content(1)) == commit(cache, content(1))
+        assert (cache.stats()["chunks"], cache.stats()["bytes"]) == (1, len(content(1)))
+
+
 def test_the_quota_is_never_exceeded(directory: Path) -> None:
     with opened(directory, MIB) as cache:
         for seed in range(120):
@@ -200,11 +220,22 @@ def test_what_was_used_again_outlives_a_kill_and_the_scan_after_it(directory: Pa
         for data in second_scan[:50]:
             commit(cache, data)
         assert all(chunk_id in cache for chunk_id in ids)
-        # Nothing is written at a clean stop that a kill would miss.
     with opened(directory, 100_000) as cache:
         for data in second_scan[50:]:
             commit(cache, data)
         assert all(loaded(cache, chunk_id) for chunk_id in ids)
+
+
+def test_what_came_back_after_it_was_let_go_outlives_a_kill_and_the_scan_after_it(directory: Path) -> None:
+    sized = [random.Random(seed).randbytes(1000) for seed in range(230)]
+    boot = sized[100:130]
+    with opened(directory, 100_000) as cache:
+        for data in sized[:100] + boot + boot:
+            commit(cache, data)
+    with opened(directory, 100_000) as cache:
+        for data in sized[130:]:
+            commit(cache, data)
+        assert all(loaded(cache, ChunkId(digest(data))) for data in boot[:20])
 
 
 def start_committer(directory: Path, quota_bytes: int) -> "subprocess.Popen[str]":
@@ -285,14 +316,18 @@ def test_a_full_disk_costs_only_the_cache_and_is_told_once(small_disk: Path, cap
         assert list((small_disk / "state" / "chunks" / "tmp").iterdir()) == []
         for seed, chunk_id in enumerate(ids):
             assert loaded(cache, chunk_id) in {None, content(seed)}
-        assert [record.message.partition(": directory=")[0] for record in caplog.records][:1] == [
+        assert cache.stats()["corrupt"] == 0
+        assert [record.message.partition(": directory=")[0] for record in caplog.records] == [
             "chunk cache: cannot store chunks, reads go on without"
         ]
         caplog.clear()
         ballast.unlink()
         before = cache.stats()["uncached"]
+        now_s = cache._clock()
+        cache._clock = lambda: now_s
         for seed in range(1000, 1005):
             commit(cache, content(seed))
+            now_s += QUIET_S / 3
         assert cache.stats()["uncached"] == before
         assert [record.message.partition(": after_s=")[0] for record in caplog.records] == [
             "chunk cache: stores chunks again"

@@ -1,10 +1,9 @@
-import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from vmthunder.ids import ChunkId
-from vmthunder.node.eviction import CORRELATED_USES, S3Fifo
+from vmthunder.node.eviction import _MAIN, _SIZE_MASK, CORRELATED_USES, S3Fifo
 
 
 def chunk(number: int) -> ChunkId:
@@ -46,6 +45,7 @@ def test_a_scan_takes_nothing_from_a_boot_that_was_read_once_before_it() -> None
     store(queues, BOOT)
     store(queues, SCAN)
     assert kept(queues, BOOT) == len(BOOT)
+    assert len(queues._ghost) <= len(queues)
 
 
 def test_a_boot_that_comes_after_a_scan_and_again_outlives_the_next_scan() -> None:
@@ -92,19 +92,15 @@ def test_what_never_fits_changes_nothing() -> None:
     assert kept(queues, BOOT) == len(BOOT)
 
 
-@pytest.mark.parametrize("sizes", [range(1, 50), range(49, 0, -1)])
-def test_promoted_chunks_are_told(sizes: range) -> None:
-    queues = S3Fifo(1000)
-    store(queues, SCAN)
-    store(queues, range(50))
-    use_apart(queues, range(50))
-    promoted: set[ChunkId] = set()
-    for number, size_bytes in enumerate(sizes, 50_000):
-        room = queues.make_room(chunk(number), size_bytes)
-        assert room is not None
-        queues.add(chunk(number), size_bytes, to_main=room.to_main)
-        promoted.update(room.promoted)
-    assert promoted == {chunk(number) for number in range(50)}
+def test_small_makes_room_where_main_has_nothing_left() -> None:
+    queues = S3Fifo(100)
+    store(queues, range(101))  # the first that went into small is a ghost now, and will be wanted in main
+    for number in range(90):
+        queues.remove(chunk(number))
+    room = queues.make_room(chunk(90), 95)
+    assert room is not None
+    assert room.to_main
+    assert len(room.evicted) >= 5
 
 
 class Machine(RuleBasedStateMachine):
@@ -141,6 +137,8 @@ class Machine(RuleBasedStateMachine):
     def counts_what_is_here(self) -> None:
         assert self.queues.used_bytes == sum(self.sizes.values())
         assert len(self.queues) == len(self.sizes)
+        small = (entry for entry in self.queues._entries.values() if not entry & _MAIN)
+        assert self.queues._small_bytes == sum(entry & _SIZE_MASK for entry in small)
         assert all(self.queues.size_bytes(chunk_id) == size for chunk_id, size in self.sizes.items())
 
 

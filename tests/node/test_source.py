@@ -1,6 +1,8 @@
 import pytest
 
 from node.images import CHUNK_BYTES, Packs, random_image
+from vmthunder.ids import ChunkId, PackId
+from vmthunder.image.manifest import ChunkRow
 from vmthunder.node.source import MAX_RUN_BYTES, OriginSource, runs
 
 
@@ -13,6 +15,12 @@ def test_a_gap_or_another_pack_begins_a_new_run() -> None:
     image = random_image(8, pack_chunks=4)
     rows = image.rows(0, 2) + image.rows(3, 3)
     assert sorted(map(len, runs(reversed(rows)))) == [1, 2, 2]
+
+
+def test_places_that_fit_together_in_two_packs_do_not_make_a_run() -> None:
+    one, other = (PackId(bytes([number]) * 32) for number in range(2))
+    rows = [ChunkRow(0, ChunkId(bytes(32)), 10, one, 0), ChunkRow(1, ChunkId(bytes(32)), 10, other, 10)]
+    assert runs(rows) == [[rows[0]], [rows[1]]]
 
 
 def test_a_run_has_a_bound() -> None:

@@ -20,6 +20,7 @@ import os
 import stat
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from operator import itemgetter
 from pathlib import Path
@@ -35,6 +36,8 @@ _IN_MAIN = 0o400
 _IN_SMALL = 0o600
 LOCK_TIMEOUT_S = 5.0
 """A worker that is killed gives up its lock a moment after its successor was started."""
+QUIET_S = 10.0
+"""A disk that stored everything for so long is well again: a nearly full one still takes a small chunk now and then."""
 
 
 class _Scratch(threading.local):
@@ -56,7 +59,14 @@ class ChunkCache:
         NotPermitted, NoSpace: it cannot be made.
     """
 
-    def __init__(self, directory: Path, quota_bytes: int, *, lock_timeout_s: float = LOCK_TIMEOUT_S) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        quota_bytes: int,
+        *,
+        lock_timeout_s: float = LOCK_TIMEOUT_S,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.directory = directory
         self.corrupt = 0
         """Files that did not hold the chunk they are named for."""
@@ -66,7 +76,9 @@ class ChunkCache:
         self._queues = S3Fifo(quota_bytes)
         self._lock = threading.Lock()
         self._commit_lock = threading.Lock()
+        self._clock = clock
         self._refused_since_s: float | None = None
+        self._refused_last_s = 0.0
         self._scratch = _Scratch()
         try:
             (directory / "chunks").mkdir(parents=True, exist_ok=True)
@@ -173,9 +185,6 @@ class ChunkCache:
             if room is None:
                 self.uncached += 1
                 return
-            for promoted in room.promoted:
-                with suppress(OSError):  # costs the chunk its place after a restart
-                    os.chmod(_place(promoted), _IN_MAIN, dir_fd=self._fd)
             for victim in room.evicted:
                 self._unlink(_place(victim))
             self.evicted += len(room.evicted)
@@ -186,10 +195,8 @@ class ChunkCache:
                 return
             with self._lock:
                 self._queues.add(chunk_id, len(data), to_main=room.to_main)
-            if self._refused_since_s is not None:
-                logger.warning(
-                    "chunk cache: stores chunks again: after_s=%.1f", time.monotonic() - self._refused_since_s
-                )
+            if self._refused_since_s is not None and self._clock() - self._refused_last_s >= QUIET_S:
+                logger.warning("chunk cache: stores chunks again: after_s=%.1f", self._clock() - self._refused_since_s)
                 self._refused_since_s = None
 
     def stats(self) -> dict[str, int]:
@@ -230,8 +237,9 @@ class ChunkCache:
 
     def _refused(self, error: OSError) -> None:
         self.uncached += 1
+        self._refused_last_s = self._clock()
         if self._refused_since_s is None:
-            self._refused_since_s = time.monotonic()
+            self._refused_since_s = self._refused_last_s
             logger.error(
                 "chunk cache: cannot store chunks, reads go on without: directory=%s error=%s", self.directory, error
             )

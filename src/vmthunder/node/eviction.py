@@ -36,8 +36,6 @@ class Room(NamedTuple):
     """What must happen before a chunk may be written."""
 
     evicted: list[ChunkId]
-    promoted: list[ChunkId]
-    """Moved from small to main."""
     to_main: bool
     """Where the new chunk will go."""
 
@@ -51,7 +49,7 @@ class S3Fifo:
         self._small_quota = quota_bytes // SMALL_SHARE
         self._small_bytes = 0
         self._entries: dict[ChunkId, int] = {}
-        # Ids that were removed stay in their queue until their turn comes; `_pop` skips them.
+        # Ids that were removed stay in their queue until their turn comes.
         self._small: deque[ChunkId] = deque()
         self._main: deque[ChunkId] = deque()
         self._ghost: dict[ChunkId, None] = {}
@@ -82,13 +80,13 @@ class S3Fifo:
         """Let chunks go until `size_bytes` more fit. None, and nothing changes, where they never will."""
         if not 0 < size_bytes <= min(self.quota_bytes, _SIZE_MASK):
             return None
-        room = Room([], [], chunk_id in self._ghost or self._main_has_room(size_bytes))
+        room = Room([], chunk_id in self._ghost or self._main_has_room(size_bytes))
         small_limit = self._small_quota - (0 if room.to_main else size_bytes)
         while self.used_bytes + size_bytes > self.quota_bytes:
             if self._small_bytes > max(small_limit, 0) or self._small_bytes == self.used_bytes:
-                self._advance_small(room)
+                self._advance_small(room.evicted)
             else:
-                self._advance_main(room)
+                self._advance_main(room.evicted)
         return room
 
     def add(self, chunk_id: ChunkId, size_bytes: int, *, to_main: bool) -> None:
@@ -119,7 +117,7 @@ class S3Fifo:
         if not entry & _MAIN:
             self._small_bytes -= entry & _SIZE_MASK
 
-    def _advance_small(self, room: Room) -> None:
+    def _advance_small(self, evicted: list[ChunkId]) -> None:
         chunk_id = self._small.popleft()
         entry = self._entries.get(chunk_id)
         if entry is None or entry & _MAIN:
@@ -128,15 +126,14 @@ class S3Fifo:
             self._entries[chunk_id] = (entry & ~_USES_MASK) | _MAIN
             self._small_bytes -= entry & _SIZE_MASK
             self._main.append(chunk_id)
-            room.promoted.append(chunk_id)
             return
         self.remove(chunk_id)
-        room.evicted.append(chunk_id)
+        evicted.append(chunk_id)
         self._ghost[chunk_id] = None
         if len(self._ghost) > max(len(self._main), 1):
             del self._ghost[next(iter(self._ghost))]
 
-    def _advance_main(self, room: Room) -> None:
+    def _advance_main(self, evicted: list[ChunkId]) -> None:
         chunk_id = self._main.popleft()
         entry = self._entries.get(chunk_id)
         if entry is None or not entry & _MAIN:
@@ -146,4 +143,4 @@ class S3Fifo:
             self._main.append(chunk_id)
             return
         self.remove(chunk_id)
-        room.evicted.append(chunk_id)
+        evicted.append(chunk_id)

@@ -26,6 +26,7 @@ from obstore.exceptions import (
     BaseError,
     InvalidPathError,
     NotFoundError,
+    NotSupportedError,
     PermissionDeniedError,
     UnauthenticatedError,
 )
@@ -41,6 +42,7 @@ from vmthunder.errors import (
     NotPermitted,
     OriginUnavailable,
     Usage,
+    VMThunderError,
 )
 from vmthunder.ids import Buffer, ImageId, ImageName, PackId, digest, image_name, is_hex_digest
 from vmthunder.image.manifest import Manifest
@@ -278,25 +280,36 @@ def _errors(url: str, missing: str | None = None) -> Iterator[None]:
     """The one place where what a store says becomes one of our errors."""
     try:
         yield
-    except (NotFoundError, FileNotFoundError):
-        raise NotFound(missing or f"no such object at {url}") from None
-    except (AlreadyExistsError, FileExistsError):
-        raise Conflict(f"the object exists already at {url}") from None
-    except (PermissionDeniedError, UnauthenticatedError, PermissionError) as error:
-        raise NotPermitted(f"origin {url} refuses: {_line(error)}") from None
-    except InvalidPathError as error:
-        raise Usage(f"origin {url}: {_line(error)}") from None
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise NoSpace(f"no space left at origin {url}") from None
-        if error.errno in (errno.EROFS, errno.EACCES):
-            raise NotPermitted(f"origin {url} refuses: {error.strerror}") from None
-        raise OriginUnavailable(f"origin {url}: {error.strerror or error}") from None
-    except BaseError as error:
-        line = _line(error)
-        if "No space left" in line:
-            raise NoSpace(f"no space left at origin {url}") from None
-        raise OriginUnavailable(f"origin {url} does not answer as it should: {line}") from None
+    except (BaseError, OSError) as error:
+        raise _translated(error, url, missing) from None
+
+
+def _translated(error: BaseError | OSError, url: str, missing: str | None) -> VMThunderError:
+    line = _line(error)
+    number = error.errno if isinstance(error, OSError) else None
+    # Lists come as generic errors whatever is wrong, so that some things can be told by their text only.
+    if "/169.254.169.254/" in line:
+        # The cloud's own service, which is asked where no key is set. It may come back.
+        return OriginUnavailable(f"no credentials for origin {url}; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
+    if "<Code>NoSuchBucket<" in str(error):
+        return NotFound(f"the bucket of origin {url} does not exist; create it first")
+    if isinstance(error, NotFoundError | FileNotFoundError):
+        return NotFound(missing or f"no such object at {url}")
+    if isinstance(error, AlreadyExistsError | FileExistsError):
+        return Conflict(f"the object exists already at {url}")
+    if (
+        isinstance(error, PermissionDeniedError | UnauthenticatedError | PermissionError)
+        or number == errno.EROFS
+        or "status code: 403" in line
+    ):
+        return NotPermitted(f"origin {url} refuses: {line}")
+    if number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in line:
+        return NoSpace(f"no space left at origin {url}")
+    if isinstance(error, InvalidPathError):
+        return Usage(f"origin {url}: {line}")
+    if isinstance(error, NotSupportedError) or "Range request not supported" in line:
+        return Usage(f"the web server at {url} cannot send ranges; use one that can, or `vmthunder server`")
+    return OriginUnavailable(f"origin {url} does not answer as it should: {line}")
 
 
 def _line(error: Exception) -> str:
