@@ -20,6 +20,7 @@ from vmthunder.node.materialized import MaterializedImages
 from vmthunder.node.mountstate import MountState
 from vmthunder.node.pusher import Pusher
 from vmthunder.node.settings import AgentSettings
+from vmthunder.node.source import OriginSource
 
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
@@ -38,6 +39,7 @@ class Status:
         cache: ChunkCache,
         decoded: DecodedChunks,
         fetcher: Fetcher,
+        origin: OriginSource,
         pusher: Pusher,
     ) -> None:
         self._settings = settings
@@ -49,6 +51,7 @@ class Status:
         self._cache = cache
         self._decoded = decoded
         self._fetcher = fetcher
+        self._origin = origin
         self._pusher = pusher
 
     def snapshot(self) -> dict[str, Any]:
@@ -69,7 +72,7 @@ class Status:
                 "budget_bytes": self._decoded.budget_bytes,
                 "hits": self._decoded.hits,
             },
-            "fetch": asdict(self._fetcher.stats),
+            "fetch": asdict(self._fetcher.stats) | {"origin_requests": self._origin.requests},
             "pushed": {"bytes": self._pusher.pushed_bytes, "dropped": self._pusher.dropped},
             "waiting": self._catalogue.waiting() + self._fetcher.waiting(),
             "rss_bytes": int(Path("/proc/self/statm").read_text().split()[1]) * _PAGE_BYTES,

@@ -77,7 +77,8 @@ async def _serve(settings: AgentSettings, handoff: Handoff) -> Leave:
         stack.callback(cache.close)
         await asyncio.to_thread(cache.recover)
         decoded = DecodedChunks(settings.decoded_bytes)
-        fetcher = Fetcher(OriginSource(origin), cache, decoded)
+        source = OriginSource(origin)
+        fetcher = Fetcher(source, cache, decoded)
         stack.push_async_callback(fetcher.close)
         catalogue = Catalogue(origin, settings.state_dir, settings.lookup_timeout_s)
         materialized = MaterializedImages(settings.materialized_dir, fetcher.read)
@@ -96,7 +97,9 @@ async def _serve(settings: AgentSettings, handoff: Handoff) -> Leave:
             files.backing = session
         pusher = Pusher(session.notify_store, handoff.fuse_fd)
         stack.callback(pusher.stop)
-        status = Status(settings, handoff, state, files, catalogue, materialized, cache, decoded, fetcher, pusher)
+        status = Status(
+            settings, handoff, state, files, catalogue, materialized, cache, decoded, fetcher, source, pusher
+        )
         operations = Operations(handoff, catalogue, materialized, state, status.snapshot, orders.put_nowait)
 
         prepare_worker_memory()
