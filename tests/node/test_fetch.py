@@ -16,8 +16,8 @@ from vmthunder.image.chunk import encode
 from vmthunder.image.manifest import ChunkRow, encode_manifest
 from vmthunder.node.cache import ChunkCache
 from vmthunder.node.decoded import DecodedChunks
-from vmthunder.node.fetch import LOADERS, MAX_REQUESTS, Fetcher
-from vmthunder.node.source import OriginSource
+from vmthunder.node.fetch import LOADERS, Fetcher
+from vmthunder.node.source import MAX_REQUESTS, OriginSource
 
 pytestmark = pytest.mark.asyncio
 
