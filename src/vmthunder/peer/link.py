@@ -168,7 +168,7 @@ class Link(asyncio.BufferedProtocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
-        host, port, *_ = transport.get_extra_info("peername")
+        host, port, *_ = transport.get_extra_info("peername") or ("?", 0)  # None if it has hung up already
         self.where = f"{host}:{port}"
         sock = transport.get_extra_info("socket")
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -192,6 +192,8 @@ class Link(asyncio.BufferedProtocol):
             self._end(type(error)(f"{error} ({self.where})"), self._talk.goodbye(error.reason, str(error)))
             return
         for event in events:
+            if self.closed.done():
+                return  # one before this ended the conversation
             self._on_event(event)
         self._pump()
 
@@ -209,7 +211,7 @@ class Link(asyncio.BufferedProtocol):
         self._pump()
 
     def _look(self) -> None:
-        """Every half SILENCE_S: is anybody there?"""
+        """Every SILENCE_S: is anybody there?"""
         if not self._talk.is_open:
             self._end(LinkLost(f"peer {self.where} did not finish the handshake within {HANDSHAKE_S:.0f} s"))
             return
@@ -395,7 +397,7 @@ async def dial(
     try:
         async with asyncio.timeout(timeout_s):
             _, link = await loop.create_connection(lambda: Link(Role.DIALER, key, node, answerer), host, port)
-            await link.opened
+            await asyncio.shield(link.opened)
     except (OSError, TimeoutError) as error:
         raise LinkLost(
             f"cannot reach peer {host}:{port}: {str(error) or f'no answer within {timeout_s:g} s'}"
