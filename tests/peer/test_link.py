@@ -9,9 +9,10 @@ from contextlib import asynccontextmanager
 import pytest
 
 from vmthunder.ids import ChunkId, ImageId, NodeId
+from vmthunder.peer.answer import Absent, Answer, TooBusy
 from vmthunder.peer.frames import Busy, Kind, NotHere, Priority, Reason, RemoteProtocolError, Route, WrongKey, encode
-from vmthunder.peer.link import HANDSHAKE_S, SILENCE_S, Absent, Answer, Link, LinkLost, TooBusy, dial, listen
-from vmthunder.peer.wire import cluster_key
+from vmthunder.peer.key import cluster_key
+from vmthunder.peer.link import HANDSHAKE_S, SILENCE_S, Link, LinkLost, dial, listen
 
 pytestmark = pytest.mark.asyncio
 

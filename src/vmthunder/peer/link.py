@@ -14,10 +14,11 @@ import logging
 import os
 import socket
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, Final, NamedTuple, Protocol, TypeAlias
+from typing import Any, Final, TypeAlias
 
 from vmthunder.errors import Failure
 from vmthunder.ids import Buffer, ChunkId, ImageId, NodeId
+from vmthunder.peer.answer import Absent, Answer, Answerer, TooBusy
 from vmthunder.peer.frames import (
     HEAD_BYTES,
     NONCE_BYTES,
@@ -59,31 +60,7 @@ class LinkLost(Failure):
     """The connection is gone, or was never made; another source may do."""
 
 
-class Absent(NamedTuple):
-    """Answer: not here, and `hint` may have it."""
-
-    hint: NodeId | None = None
-
-
-class TooBusy(NamedTuple):
-    """Answer: not now; ask `hint`."""
-
-    retry_after_s: float
-    hint: NodeId | None = None
-
-
 Waiter: TypeAlias = "asyncio.Future[memoryview | NotHere | Busy]"
-Answer: TypeAlias = Buffer | Absent | TooBusy
-
-
-class Answerer(Protocol):
-    """What a link asks for what its peer wants."""
-
-    def answer(self, peer: NodeId, chunk_id: ChunkId, route: Route) -> Answer | Awaitable[Answer]:
-        """The chunk's checked bytes. At once when it is at hand; an awaitable is cancelled when the peer cancels."""
-
-    def held(self, swarm: ImageId, chunk_ids: Sequence[ChunkId]) -> list[bool]:
-        """Which of these are here."""
 
 
 class Link(asyncio.BufferedProtocol):
