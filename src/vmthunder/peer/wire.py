@@ -45,10 +45,8 @@ from vmthunder.peer.frames import (
 )
 from vmthunder.peer.key import KEY_BYTES
 
-MAX_REQUESTS: Final = 1024
-"""Chunks that each side may have asked for and not been answered."""
-MAX_QUESTIONS: Final = 64
-"""The same for HAVE and PING."""
+MAX_REQUESTS: Final = 1024  # chunks that each side may have asked for and not been answered
+MAX_QUESTIONS: Final = 64  # the same for HAVE and PING
 
 _SMALL_BYTES: Final = 16 << 10
 assert frames.MAX_BODY_BYTES + HEAD_BYTES <= _SMALL_BYTES
