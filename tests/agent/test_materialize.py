@@ -20,6 +20,7 @@ def test_a_local_copy_is_read_without_the_worker(lab: Lab) -> None:
     agent.client.materialize("debian-12", lambda done, total: progress.append((done, total)))
     assert progress[-1][0] == progress[-1][1] > 0
     assert same(agent.path("debian-12"), source)  # The first close(2) of a mount asks the worker whether it minds.
+    agent.drop_page_cache()
     holder = lab.holder(agent.path("debian-12"))
     worker = agent.status()["pid"]
     os.kill(worker, signal.SIGSTOP)
@@ -103,6 +104,7 @@ def test_a_killed_worker_leaves_no_half_copy_and_the_client_does_not_notice(lab:
     client = lab.child(*VMTHUNDER, "materialize", "debian-12", "--run-dir", agent.run_dir)
     directory = agent.state_dir / "materialized"
     eventually(lambda: any(path.suffix == ".part" for path in directory.iterdir()), "a part")
+    (directory / f"{'0' * 64}.part").write_bytes(b"of an image that nobody asks for again")
     agent.kill_worker()
     finish([client])
     (copy,) = directory.iterdir()

@@ -104,21 +104,6 @@ def test_the_successor_finds_the_chunks_of_its_predecessor(lab: Lab) -> None:
     assert agent.status()["fetch"]["chunks_fetched"] == 0
 
 
-def test_a_worker_that_hangs_is_replaced_when_it_is_killed(lab: Lab) -> None:
-    """The reads that it had taken and never answered are answered by its successor."""
-    source = lab.publish("debian-12", disk_bytes(8 << 20))
-    agent = lab.agent()
-    assert same(agent.path("debian-12"), source)
-    worker = agent.status()["pid"]
-    agent.drop_page_cache()
-    os.kill(worker, signal.SIGSTOP)
-    comparing = lab.child("cmp", agent.path("debian-12"), source)
-    time.sleep(0.3)
-    assert comparing.poll() is None
-    os.kill(worker, signal.SIGKILL)
-    finish([comparing])
-
-
 def test_the_mount_state_of_another_mount_is_not_taken_over(lab: Lab) -> None:
     source = lab.publish("debian-12", disk_bytes(100_000))
     agent = lab.agent()

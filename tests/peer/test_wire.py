@@ -28,7 +28,8 @@ from vmthunder.peer.frames import (
     WrongKey,
     WrongVersion,
 )
-from vmthunder.peer.wire import MAX_REQUESTS, Chunk, Conversation, Held, Opened, Reply, Role, cluster_key
+from vmthunder.peer.key import cluster_key
+from vmthunder.peer.wire import MAX_REQUESTS, Chunk, Conversation, Held, Opened, Reply, Role
 
 KEY = cluster_key(b"secret of this cluster")
 ALICE, BOB, CAROL = (NodeId(name.ljust(16, b".")) for name in (b"alice", b"bob", b"carol"))
@@ -247,6 +248,30 @@ def test_goodbye_ends_the_conversation_and_its_text_is_fit_for_a_log() -> None:
     assert not alice.is_open
     with pytest.raises(LocalProtocolError):
         alice.get(ROUTE, [(chunk_id(1), 1)])
+
+
+def test_the_bytes_are_those_of_docs_wire() -> None:
+    assert frames.encode_get(5, ROUTE, [chunk_id(1)]).hex() == (
+        "4a000000 03 000000 05000000".replace(" ", "")
+        + SWARM.hex()
+        + "07000000 0300 02 01 0100".replace(" ", "")
+        + chunk_id(1).hex()
+    )
+    assert frames.encode_chunk_head(6, 65536).hex() == "000001000400000006000000"
+    assert frames.encode_busy(7, 0.25, CAROL).hex() == "140000000600000007000000" + CAROL.hex() + "fa000000"
+    assert frames.encode_goodbye(Reason.LIED, "no").hex() == "040000000d0000000000000005006e6f"
+    assert pair()[0].hello().hex() == (
+        "40000000 01 000000 00000000 564d54504545520a 0100 0100 00000000".replace(" ", "") + ALICE.hex() + "61" * 32
+    )
+
+
+def test_the_handshake_is_that_of_docs_wire() -> None:
+    alice, bob = pair()
+    feed(bob, alice.hello())
+    (proof,) = feed(alice, bob.hello())
+    assert isinstance(proof, Reply)
+    assert KEY.hex() == "8a9336ad06457978e140a9262564fa3d6b509c0645f294278486ace1e6d6e0eb"
+    assert proof.data[HEAD_BYTES:].hex() == "b9b336a20a8ebd30ed3590640078a6d774aa096802e2c73ad4f998b0709f5154"
 
 
 REFUSED = {

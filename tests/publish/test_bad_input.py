@@ -119,7 +119,7 @@ def test_without_qemu_raw_disks_are_published_and_others_say_what_to_install(
 def test_memory_does_not_grow_with_the_disk(tmp_path: Path, origin: Path) -> None:
     disk = tmp_path / "disk"
     with disk.open("wb") as file:
-        for number in range(100):
+        for number in range(60):
             file.write(os.urandom(4 * MIB))
             file.seek(3 * number * MIB, os.SEEK_CUR)
     command = (sys.executable, "-m", "vmthunder", "publish", disk, "it", "--origin", origin)

@@ -30,10 +30,13 @@ def test_a_chunk_that_occurs_twice_is_stored_once(tmp_path: Path, origin: Path, 
     disk = make_noise(tmp_path / "disk", 2 * MIB)
     # More than a pack lies between the two, so the first is at the origin when the second is met.
     disk.write_bytes(
-        disk.read_bytes() * 2 + make_noise(tmp_path / "rest", 100 * MIB, seed=2).read_bytes() + disk.read_bytes()
+        disk.read_bytes() * 2 + make_noise(tmp_path / "rest", 68 * MIB, seed=2).read_bytes() + disk.read_bytes()
     )
     published = publish(run_cli, disk, "it", origin)
-    assert published["new_bytes"] == 102 * MIB
+    assert published["new_bytes"] == 70 * MIB
+    (listed,) = json.loads(run_cli("images", "--origin", origin, "--json").stdout)
+    assert listed["allocated_bytes"] == 74 * MIB
+    assert listed["stored_bytes"] == 70 * MIB
     assert same(contents(origin, "it"), disk.read_bytes())
 
 
