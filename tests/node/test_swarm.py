@@ -17,10 +17,10 @@ from vmthunder.node.limits import RateLimit
 from vmthunder.node.relay import Relay
 from vmthunder.node.source import OriginSource
 from vmthunder.node.swarmsource import SwarmSource
+from vmthunder.peer.answer import Answer
 from vmthunder.peer.frames import Route
-from vmthunder.peer.link import Answer
+from vmthunder.peer.key import cluster_key
 from vmthunder.peer.pool import Pool
-from vmthunder.peer.wire import cluster_key
 from vmthunder.swarm.view import Joined, Member, Roster, Version
 
 KEY = cluster_key(b"secret")

@@ -16,8 +16,8 @@ from vmthunder.node.cache import ChunkCache
 from vmthunder.node.fetch import Fetcher
 from vmthunder.node.limits import RateLimit
 from vmthunder.node.source import Errand
+from vmthunder.peer.answer import Absent, Answer, TooBusy
 from vmthunder.peer.frames import Route
-from vmthunder.peer.link import Absent, Answer, TooBusy
 
 MAX_HOPS: Final = 32
 """More than any tree is deep; a request that has come so far goes round in a circle of views that differ."""

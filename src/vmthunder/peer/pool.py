@@ -8,8 +8,9 @@ import asyncio
 from typing import Final, Protocol
 
 from vmthunder.ids import NodeId
+from vmthunder.peer.answer import Answerer
 from vmthunder.peer.frames import Reason
-from vmthunder.peer.link import Answerer, Link, dial, listen
+from vmthunder.peer.link import Link, dial, listen
 
 DIAL_S: Final = 2.0
 """A peer that does not finish the handshake within it is asked later."""
@@ -30,7 +31,7 @@ class Pool:
     """The links of one node."""
 
     def __init__(self, key: bytes, node: NodeId, answerer: Answerer) -> None:
-        """`key` is from `wire.cluster_key`."""
+        """`key` is from `key.cluster_key`."""
         self._key = key
         self._node = node
         self._answerer = answerer
