@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from rich.console import JustifyMethod
 from rich.table import Table
 
 from vmthunder.cli.output import bytes_progress, console, emit, json_option, size_text
@@ -154,11 +155,12 @@ def _print_status(report: dict[str, Any]) -> None:
     if report["images"]:
         table = Table(box=None, pad_edge=False)
         for column in ("image", "id", "size", "open", "read", "where"):
-            table.add_column(column, justify="right" if column in {"size", "open", "read"} else "left")
+            justify: JustifyMethod = "right" if column in {"size", "open", "read"} else "left"
+            table.add_column(column, justify=justify, overflow="fold")
         for image in report["images"]:
             table.add_row(
-                image["name"] or "—",
-                image["image_id"][:12],
+                _name(image),
+                image["image_id"][: 12 if image["current"] else None],
                 size_text(image["virtual_bytes"]),
                 str(image["open"]),
                 size_text(image["read_bytes"]),
@@ -171,6 +173,12 @@ def _print_status(report: dict[str, Any]) -> None:
         console.print(f"waiting  {entry['image'][:40]}{chunk} for {_duration(entry['since_s'])}: {entry['why']}")
     if len(waiting) > WAITING_SHOWN:
         console.print(f"waiting  … and {len(waiting) - WAITING_SHOWN} more")
+
+
+def _name(image: dict[str, Any]) -> str:
+    if image["current"]:
+        return str(image["name"])
+    return f"{image['name']} (older)" if image["name"] else "—"
 
 
 def _duration(seconds: float) -> str:

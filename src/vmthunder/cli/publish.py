@@ -8,6 +8,7 @@ from rich.table import Table
 
 from vmthunder.cli.output import bytes_progress, console, emit, json_option, size_text
 from vmthunder.cli.sizes import BYTES
+from vmthunder.errors import NotPermitted
 from vmthunder.ids import image_name
 from vmthunder.image.chunk import DEFAULT_CHUNK_BYTES, DEFAULT_LEVEL, MAX_LEVEL, MIN_LEVEL, check_chunk_bytes
 from vmthunder.origin.origin import Origin
@@ -63,6 +64,8 @@ def publish(
     image = image_name(name)
     check_chunk_bytes(chunk_bytes)
     origin = Origin.open(origin_url, create=True)
+    if not origin.writable:  # said before anything is downloaded
+        raise NotPermitted(f"{origin.url} can only be read; publish to the directory or bucket behind it")
     with bytes_progress() as progress:
         task = progress.add_task("download" if "://" in source else "publish", total=None)
 

@@ -90,13 +90,8 @@ class ImageFileSystem:
 
     def forget(self, node: int, nlookup: int) -> None:
         known = self._state.node(node)
-        if known is None or not self._state.forget(known, nlookup):
-            return
-        file = self._files.pop(node, None)
-        if file is not None:
-            file.close()
-        if self._state.find(known.image_id, materialized=not known.materialized) is None:
-            self._catalogue.drop(known.image_id)
+        if known is not None and self._state.forget(known, nlookup):
+            self._close(known)
 
     def getattr(self, node: int) -> tuple[Attr, float]:
         attr = Attr(ROOT, 0, _DIRECTORY_MODE, nlink=2) if node == ROOT else _file_attr(self._node(node))
@@ -154,18 +149,27 @@ class ImageFileSystem:
         slices = file.read(offset, size_bytes, direct=bool(fh & 1))
         return await slices if isinstance(slices, Awaitable) else slices
 
-    def read_bytes(self, node: int) -> int:
-        """Bytes that this worker was asked for; what the kernel had in its page cache is not among them."""
-        file = self._files.get(node)
-        return file.read_bytes if file else 0
+    def read_bytes(self, node: Node) -> int:
+        """Bytes that we were asked for; what the kernel had in its page cache is not among them."""
+        file = self._files.get(node.number)
+        return node.read_bytes + (file.read_bytes if file else 0)
 
     def release(self, node: int, fh: int) -> None:
         known = self._state.node(node)
         if known is None:
             return
+        if known.handles == {fh >> 1}:
+            self._close(known)
         unused = self._state.release(known, fh >> 1)
         if unused is not None and self.backing is not None:
             self.backing.close_backing(unused)
+
+    def _close(self, node: Node) -> None:
+        """Nobody has the node open: give its manifest or its descriptor back."""
+        file = self._files.pop(node.number, None)
+        if file is not None:
+            node.read_bytes += file.read_bytes
+            file.close()
 
     def readdir(self, node: int) -> Sequence[DirEntry]:
         if node != ROOT:

@@ -100,6 +100,8 @@ class MaterializedImages:
                 min(manifest.row_count * manifest.chunk_bytes, manifest.virtual_bytes)
             )
             copying.task = asyncio.create_task(self._copy(manifest, copying), name=f"materialize {image.hex()}")
+            # Should it fail when all who wait have just left, that is no crash of ours.
+            copying.task.add_done_callback(lambda task: task.cancelled() or task.exception())
         copying.watchers += 1
         try:
             while not copying.task.done():

@@ -86,6 +86,7 @@ class Status:
                 {
                     "name": node.name,
                     "image_id": node.image_id.hex(),
+                    "current": self._catalogue.name_of(node.image_id) is not None,
                     "open": 0,
                     "virtual_bytes": node.size_bytes,
                     "read_bytes": 0,
@@ -93,12 +94,14 @@ class Status:
                 },
             )
             entry["open"] += len(node.handles)
-            entry["read_bytes"] += self._files.read_bytes(node.number)
+            entry["read_bytes"] += self._files.read_bytes(node)
         for image in self._materialized:
             if image not in images:
+                name = self._catalogue.name_of(image)
                 images[image] = {
-                    "name": self._catalogue.name_of(image),
+                    "name": name,
                     "image_id": image.hex(),
+                    "current": name is not None,
                     "open": 0,
                     "virtual_bytes": self._materialized.virtual_bytes(image),
                     "read_bytes": 0,

@@ -8,15 +8,16 @@ What is not expected ends the process loudly: the keeper starts another one, and
 
 import asyncio
 import contextlib
+import errno
 import logging
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NoReturn
 
-from vmthunder.errors import CorruptFile, VMThunderError
+from vmthunder.errors import CorruptFile, Failure, NoSpace, VMThunderError
 from vmthunder.fuse.handoff import Cause, Handoff, Leave
 from vmthunder.fuse.memory import prepare_worker_memory
 from vmthunder.fuse.session import Session
@@ -58,7 +59,8 @@ def main(arguments: Sequence[str] = sys.argv) -> NoReturn:
         how = asyncio.run(_serve(settings, handoff))
     except VMThunderError as error:
         sys.stderr.write(f"vmthunder: {error}\n")
-        sys.exit(error.exit_code)
+        sys.stderr.flush()
+        os._exit(error.exit_code)  # The object store's threads do not survive the end of the interpreter.
     handoff.leave(how)
 
 
@@ -71,6 +73,7 @@ async def _serve(settings: AgentSettings, handoff: Handoff) -> Leave:
         loop.add_signal_handler(number, orders.put_nowait, Leave.STOP)
 
     async with contextlib.AsyncExitStack() as stack:
+<<<<<<< HEAD
         origin = Origin.open(settings.origin)
         state = _mount_state(settings, handoff)
         cache = ChunkCache(settings.state_dir, settings.cache_bytes)
@@ -82,6 +85,19 @@ async def _serve(settings: AgentSettings, handoff: Handoff) -> Leave:
         stack.push_async_callback(fetcher.close)
         catalogue = Catalogue(origin, settings.state_dir, settings.lookup_timeout_s)
         materialized = MaterializedImages(settings.materialized_dir, fetcher.read)
+=======
+        with _explained(settings):
+            origin = Origin.open(settings.origin)
+            state = _mount_state(settings, handoff)
+            cache = ChunkCache(settings.state_dir, settings.cache_bytes)
+            stack.callback(cache.close)
+            await asyncio.to_thread(cache.recover)
+            decoded = DecodedChunks(settings.decoded_bytes)
+            fetcher = Fetcher(OriginSource(origin), cache, decoded)
+            stack.push_async_callback(fetcher.close)
+            catalogue = Catalogue(origin, settings.state_dir, settings.lookup_timeout_s)
+            materialized = MaterializedImages(settings.materialized_dir, fetcher.read)
+>>>>>>> main
 
         def open_image(node: Node, manifest: Manifest) -> OnDemandImage:
             number = node.number
@@ -132,6 +148,17 @@ async def _told_to_leave(session: Session, orders: "asyncio.Queue[Leave]") -> Le
         # This kernel would never send again what we leave unanswered: rather an old worker than a guest that hangs.
         log.error("event=handover_refused unanswered=%d reason=%s", left, "reads wait for the origin")
         session.start()
+
+
+@contextlib.contextmanager
+def _explained(settings: AgentSettings) -> Iterator[None]:
+    """A directory that cannot be used is an operator's business, not a bug."""
+    try:
+        yield
+    except OSError as error:
+        kind = NoSpace if error.errno in {errno.ENOSPC, errno.EDQUOT} else Failure
+        place = error.filename or settings.state_dir
+        raise kind(f"the agent cannot use {place}: {error.strerror}") from None
 
 
 def _mount_state(settings: AgentSettings, handoff: Handoff) -> MountState:
