@@ -73,19 +73,6 @@ async def _serve(settings: AgentSettings, handoff: Handoff) -> Leave:
         loop.add_signal_handler(number, orders.put_nowait, Leave.STOP)
 
     async with contextlib.AsyncExitStack() as stack:
-<<<<<<< HEAD
-        origin = Origin.open(settings.origin)
-        state = _mount_state(settings, handoff)
-        cache = ChunkCache(settings.state_dir, settings.cache_bytes)
-        stack.callback(cache.close)
-        await asyncio.to_thread(cache.recover)
-        decoded = DecodedChunks(settings.decoded_bytes)
-        source = OriginSource(origin)
-        fetcher = Fetcher(source, cache, decoded)
-        stack.push_async_callback(fetcher.close)
-        catalogue = Catalogue(origin, settings.state_dir, settings.lookup_timeout_s)
-        materialized = MaterializedImages(settings.materialized_dir, fetcher.read)
-=======
         with _explained(settings):
             origin = Origin.open(settings.origin)
             state = _mount_state(settings, handoff)
@@ -93,11 +80,11 @@ async def _serve(settings: AgentSettings, handoff: Handoff) -> Leave:
             stack.callback(cache.close)
             await asyncio.to_thread(cache.recover)
             decoded = DecodedChunks(settings.decoded_bytes)
-            fetcher = Fetcher(OriginSource(origin), cache, decoded)
+            source = OriginSource(origin)
+            fetcher = Fetcher(source, cache, decoded)
             stack.push_async_callback(fetcher.close)
             catalogue = Catalogue(origin, settings.state_dir, settings.lookup_timeout_s)
             materialized = MaterializedImages(settings.materialized_dir, fetcher.read)
->>>>>>> main
 
         def open_image(node: Node, manifest: Manifest) -> OnDemandImage:
             number = node.number
