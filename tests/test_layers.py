@@ -20,7 +20,7 @@ BELOW: dict[str, set[str]] = {
     "peer": {"ids", "errors"},
     "sim": {"swarm", "ids", "errors"},
     "publishing": {"origin", "image", "ids", "errors"},
-    "node": {"swarm", "peer", "fuse", "origin", "image", "ids", "errors"},
+    "node": {"peer", "swarm", "fuse", "origin", "image", "ids", "errors"},
     "vm": {"node", "ids", "errors"},
     "lab": {"vm", "node", "ids", "errors"},
     "bench": {"lab", "vm", "node", "publishing", "origin", "fuse", "image", "ids", "errors"},
@@ -43,12 +43,15 @@ PURE = {
     "swarm.tracker",
     "swarm.rank",
     "swarm.activity",
+    "peer.answer",
     "peer.frames",
+    "peer.key",
     "peer.wire",
     "sim.spread",
     "lab.trace",
     "node.backoff",
     "node.eviction",
+    "node.limits",
 }
 """Modules that decide and do no I/O: time, randomness and the world are arguments."""
 

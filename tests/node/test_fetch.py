@@ -16,8 +16,8 @@ from vmthunder.image.chunk import encode
 from vmthunder.image.manifest import ChunkRow, encode_manifest
 from vmthunder.node.cache import ChunkCache
 from vmthunder.node.decoded import DecodedChunks
-from vmthunder.node.fetch import LOADERS, MAX_REQUESTS, Fetcher
-from vmthunder.node.source import OriginSource
+from vmthunder.node.fetch import LOADERS, Fetcher
+from vmthunder.node.source import MAX_REQUESTS, OriginSource
 
 pytestmark = pytest.mark.asyncio
 
@@ -30,7 +30,8 @@ class Node:
         self.cache = ChunkCache(directory, 64 << 20)
         self.cache.recover()
         self.decoded = DecodedChunks(decoded_bytes)
-        self.fetcher = Fetcher(OriginSource(packs), self.cache, self.decoded, rng=lambda: rng)
+        self.origin = OriginSource(packs)
+        self.fetcher = Fetcher(self.origin, self.cache, self.decoded, rng=lambda: rng)
 
     def end(self) -> None:
         for pool in (self.fetcher._helper, self.fetcher._loaders, self.fetcher._storer):
@@ -121,7 +122,7 @@ async def test_two_readers_share_one_flight(nodes: Nodes, image: Image) -> None:
 async def test_neighbours_are_one_request(nodes: Nodes, image: Image) -> None:
     node = nodes(image)
     await node.read(image, 8, 16)
-    assert len(node.packs.requests) == node.fetcher.stats.origin_requests == 1
+    assert len(node.packs.requests) == node.origin.requests == 1
     assert node.fetcher.stats.bytes_fetched == sum(row.encoded_bytes for row in image.rows(8, 16))
 
 

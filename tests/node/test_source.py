@@ -3,7 +3,7 @@ import pytest
 from node.images import CHUNK_BYTES, Packs, random_image
 from vmthunder.ids import ChunkId, PackId
 from vmthunder.image.manifest import ChunkRow
-from vmthunder.node.source import MAX_RUN_BYTES, OriginSource, runs
+from vmthunder.node.source import MAX_RUN_BYTES, Errand, OriginSource, runs
 
 
 def test_chunks_back_to_back_in_a_pack_are_one_run() -> None:
@@ -36,7 +36,9 @@ async def test_one_request_brings_the_bytes_of_every_chunk_of_a_run() -> None:
     image = random_image(8)
     packs = Packs(image)
     rows = image.rows(2, 4)
-    buffers = await OriginSource(packs).fetch(rows)
+    deliveries = await OriginSource(packs).fetch(image.manifest, rows, Errand())
     (pack,) = image.packs.values()
-    assert [bytes(data) for data in buffers] == [pack[row.offset :][: row.encoded_bytes] for row in rows]
+    assert [bytes(delivery.data) for delivery in deliveries] == [
+        pack[row.offset :][: row.encoded_bytes] for row in rows
+    ]
     assert len(packs.requests) == 1

@@ -9,9 +9,10 @@ from contextlib import asynccontextmanager
 import pytest
 
 from vmthunder.ids import ChunkId, ImageId, NodeId
-from vmthunder.peer.frames import Busy, NotHere, Priority, Reason, RemoteProtocolError, Route, WrongKey
-from vmthunder.peer.link import SILENCE_S, Absent, Answer, Link, LinkLost, TooBusy, dial, listen
-from vmthunder.peer.wire import cluster_key
+from vmthunder.peer.answer import Absent, Answer, TooBusy
+from vmthunder.peer.frames import Busy, Kind, NotHere, Priority, Reason, RemoteProtocolError, Route, WrongKey, encode
+from vmthunder.peer.key import cluster_key
+from vmthunder.peer.link import HANDSHAKE_S, SILENCE_S, Link, LinkLost, dial, listen
 
 pytestmark = pytest.mark.asyncio
 
@@ -221,6 +222,17 @@ async def test_a_peer_that_does_not_read_costs_little_memory() -> None:
         await asyncio.gather(*waiters)
 
 
+async def test_a_peer_that_asks_and_never_reads_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vmthunder.peer.link._STUCK_BYTES", 100_000)
+    async with linked() as (alice, bob):
+        assert alice._transport is not None
+        alice._transport.pause_reading()
+        while not bob.closed.done():
+            alice._transport.write(encode(Kind.PING, 1) * 1000)
+            await asyncio.sleep(0)
+        assert "does not read" in str(await bob.closed)
+
+
 async def test_a_bug_in_answering_is_logged_and_does_not_hang_the_peer(caplog: pytest.LogCaptureFixture) -> None:
     async def broken(chunk: ChunkId) -> Answer:
         raise RuntimeError("bug")
@@ -274,8 +286,11 @@ async def test_one_that_accepts_and_never_answers_is_given_up() -> None:
         await reader.read()
 
     async with impostor(silent) as number:
+        began = time.monotonic()
         with pytest.raises(LinkLost, match="no answer within"):
             await dial("127.0.0.1", number, KEY, ALICE, Shelf(), timeout_s=0.2)
+    # The impostor has seen us hang up, too.
+    assert time.monotonic() - began < HANDSHAKE_S / 2
 
 
 async def test_one_that_sends_garbage_is_no_peer() -> None:

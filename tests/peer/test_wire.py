@@ -28,7 +28,8 @@ from vmthunder.peer.frames import (
     WrongKey,
     WrongVersion,
 )
-from vmthunder.peer.wire import MAX_REQUESTS, Chunk, Conversation, Held, Opened, Reply, Role, cluster_key
+from vmthunder.peer.key import cluster_key
+from vmthunder.peer.wire import MAX_REQUESTS, Chunk, Conversation, Held, Opened, Reply, Role
 
 KEY = cluster_key(b"secret of this cluster")
 ALICE, BOB, CAROL = (NodeId(name.ljust(16, b".")) for name in (b"alice", b"bob", b"carol"))

@@ -35,12 +35,9 @@ def node(number: int) -> NodeId:
 @asynccontextmanager
 async def members(url: str, token: str | None, count: int, **options: Any) -> AsyncIterator[list[Membership]]:
     """Nodes that follow the tracker."""
-    nodes = [
-        Membership(url, token, node(number), 7000 + number, backoff=lambda _: 0.05, **options)
-        for number in range(1, count + 1)
-    ]
-    for member in nodes:
-        member.start()
+    nodes = [Membership(url, token, node(number), backoff=lambda _: 0.05, **options) for number in range(1, count + 1)]
+    for number, member in enumerate(nodes, 1):
+        member.start(7000 + number)
     try:
         yield nodes
     finally:

@@ -47,6 +47,15 @@ def test_rows_come_back() -> None:
     assert (manifest.chunk_count, manifest.slice_bytes(0), manifest.slice_bytes(3)) == (4, 65536, 512)
 
 
+def test_a_row_is_found_by_its_chunk() -> None:
+    manifest = load(encoded())
+    assert manifest.find(chunk(2)) == rows()[1]
+    assert manifest.find(chunk(1)) in (rows()[0], rows()[2])
+    assert manifest.find(chunk(3)) is None
+    # Ids that begin alike are told apart.
+    assert manifest.find(ChunkId(chunk(2)[:4] + bytes(28))) is None
+
+
 def test_rows_may_be_added_in_any_order() -> None:
     builder = ManifestBuilder(VIRTUAL_BYTES, 65536)
     for row in reversed(rows()):

@@ -7,7 +7,6 @@ import signal
 from pathlib import Path
 
 import click
-from aiohttp import web
 
 from vmthunder.cli.cluster_key import cluster_key_option
 from vmthunder.node.settings import parse_address
@@ -35,18 +34,8 @@ def server(root: Path, listen: str, cluster_key: Path | None, p2p: bool, stripes
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s level=%(levelname)s %(message)s")
     host, port = parse_address(listen, "--listen")
-    asyncio.run(_run(root, host, port, _key(cluster_key, host), (stripes, fanout) if p2p else None))
-
-
-def _key(given: Path | None, host: str) -> ClusterKey | None:
-    """The cluster key, which is made if it is not there. None: whoever is on this machine is answered."""
-    if given is None and _is_loopback(host):
-        return None
-    path = (given or DEFAULT_KEY_FILE).absolute()
-    key, created = ClusterKey.load_or_create(path)
-    if created:
-        click.echo(f"made a new cluster key: {path}; nodes need a copy of it", err=True)
-    return key
+    key_file = (cluster_key or DEFAULT_KEY_FILE).absolute() if cluster_key or not _is_loopback(host) else None
+    asyncio.run(_run(root, host, port, key_file, (stripes, fanout) if p2p else None))
 
 
 def _is_loopback(host: str) -> bool:
@@ -56,23 +45,22 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-async def _run(root: Path, host: str, port: int, key: ClusterKey | None, shape: tuple[int, int] | None) -> None:
+async def _run(root: Path, host: str, port: int, key_file: Path | None, shape: tuple[int, int] | None) -> None:
+    """Without a key file whoever is on this machine is answered."""
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    runner, url = await serve(_app(root, key, shape), host, port)
-    try:
-        click.echo(f"listening on {url}")
-        await stop.wait()
-    finally:
-        await runner.cleanup()
-
-
-def _app(root: Path, key: ClusterKey | None, shape: tuple[int, int] | None) -> web.Application:
     app = make_app(root)
-    if key is not None:
-        app.middlewares.append(key_holders_only(key.token))
+    if key_file is not None:
+        app.middlewares.append(key_holders_only(ClusterKey.load_or_create(key_file).token))
     if shape is not None:
         stripes, fanout = shape
         TrackerService(stripes=stripes, fanout=fanout).attach(app)
-    return app
+    runner, url = await serve(app, host, port)
+    try:
+        click.echo(f"listening on {url}")
+        if key_file is not None:
+            click.echo(f"nodes need a copy of the cluster key, {key_file}", err=True)
+        await stop.wait()
+    finally:
+        await runner.cleanup()

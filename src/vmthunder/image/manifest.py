@@ -33,6 +33,7 @@ MAX_CHUNKS: Final = 1 << 32
 
 _HEADER = struct.Struct("<8sHHIQII")
 _ROW = struct.Struct("<32sIIII")
+_PREFIX = struct.Struct(">I")
 
 
 class ChunkRow(NamedTuple):
@@ -72,6 +73,7 @@ class Manifest:
         self.packs: Final = tuple(PackId(bytes(table[i : i + 32])) for i in range(0, len(table), 32))
         self._data = view
         self._indices = self._checked_indices()
+        self._by_chunk: array[int] | None = None
 
     @classmethod
     def decode(cls, data: Buffer, image_id: ImageId) -> "Manifest":
@@ -124,6 +126,24 @@ class Manifest:
     def rows(self) -> Iterator[ChunkRow]:
         """All rows, in the order of their indices."""
         return map(self._row, range(self.row_count))
+
+    def find(self, chunk_id: ChunkId) -> ChunkRow | None:
+        """A row of a chunk, by its id. The first call makes an index of 8 bytes a row."""
+        if self._by_chunk is None:
+            # The first half of each number is the begin of an id, the second half the number of the row.
+            rows = range(self.row_count)
+            at = self._rows_at
+            self._by_chunk = array(
+                "Q", sorted(_PREFIX.unpack_from(self._data, at + n * _ROW.size)[0] << 32 | n for n in rows)
+            )
+        prefix = _PREFIX.unpack_from(chunk_id)[0]
+        place = bisect_left(self._by_chunk, prefix << 32)
+        while place < self.row_count and self._by_chunk[place] >> 32 == prefix:
+            row = self._row(self._by_chunk[place] & 0xFFFF_FFFF)
+            if row.chunk_id == chunk_id:
+                return row
+            place += 1
+        return None
 
     def _row(self, number: int) -> ChunkRow:
         chunk, index, encoded, pack, offset = _ROW.unpack_from(self._data, self._rows_at + number * _ROW.size)

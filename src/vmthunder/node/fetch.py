@@ -20,18 +20,18 @@ from dataclasses import dataclass
 from operator import attrgetter
 
 from vmthunder.errors import CorruptChunk, OriginUnavailable, VMThunderError
-from vmthunder.ids import Buffer
+from vmthunder.ids import Buffer, ChunkId, NodeId
 from vmthunder.image.manifest import ChunkRow, Manifest
 from vmthunder.node.backoff import delay_s
 from vmthunder.node.cache import ChunkCache
 from vmthunder.node.decoded import DecodedChunks, Want
-from vmthunder.node.flight import Flight, Outcome, load, slice_of, store, unpack, want_of
-from vmthunder.node.source import ChunkSource, runs
+from vmthunder.node.flight import DEMAND, Flight, Outcome, load, slice_of, store, unpack, want_of
+from vmthunder.node.source import ChunkSource, Delivery, Errand
 
 logger = logging.getLogger(__name__)
 
-MAX_REQUESTS = 16
-"""Requests to sources at a time; with MAX_RUN_BYTES the bound of encoded bytes in memory."""
+MAX_UNSTORED_BYTES = 32 << 20
+"""Encoded bytes in memory that wait for the disk."""
 LOADERS = 4
 """Threads that load, verify and decode what must be waited for."""
 ALONE_CHUNKS = 3
@@ -52,9 +52,19 @@ class FetchStats:
     bytes_from_cache: int = 0
     """Encoded bytes from the chunk cache."""
     chunks_decoded: int = 0
-    origin_requests: int = 0
+    bytes_from_origin: int = 0
+    bytes_from_peers: int = 0
     wrong_bytes: int = 0
     """Chunks from a source that were not what was asked for."""
+
+    def count(self, delivery: Delivery) -> None:
+        """Something arrived."""
+        size_bytes = len(delivery.data)
+        self.bytes_fetched += size_bytes
+        if delivery.source is None:
+            self.bytes_from_origin += size_bytes
+        else:
+            self.bytes_from_peers += size_bytes
 
 
 class Fetcher:
@@ -82,7 +92,9 @@ class Fetcher:
         self._storer = ThreadPoolExecutor(1, "store")
         self._flights: dict[Want, Flight] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        self._slots = asyncio.Semaphore(MAX_REQUESTS)
+        self._unstored_bytes = 0
+        self._room = asyncio.Event()
+        self._room.set()
         self._away_since_s: float | None = None
         self._answered = asyncio.Event()
         """Set and cleared when a source answers after failures: those who wait for their next try need not."""
@@ -145,6 +157,37 @@ class Fetcher:
                 flight.landed.result()
                 outcomes.update(flight.outcomes)
 
+    def encoded_now(self, chunk_id: ChunkId) -> Buffer | None:
+        """A chunk's encoded bytes for a peer, if nothing must be waited for."""
+        data = self._cache.load(chunk_id, wait=False)
+        # Of its own: what the cache gives is valid until the next load only.
+        return None if data is None else bytes(data)
+
+    async def encoded(self, image: Manifest, row: ChunkRow, errand: Errand) -> Buffer:
+        """A chunk's encoded bytes for a peer: from the cache, or in the flight that brings it here, or in one more."""
+        want = want_of(image, row)
+        while True:
+            flight = self._flights.get(want)
+            if flight is None and row.chunk_id in self._cache:
+                copy = await self._loop.run_in_executor(self._loaders, self._copy, row.chunk_id)
+                if copy is not None:
+                    return copy
+                flight = self._flights.get(want)
+            if flight is None:
+                (flight,) = self._start(image, [row], errand)
+            if not flight.landed.done():
+                await asyncio.wait([flight.landed])
+            flight.landed.result()
+            data = flight.encoded.get(row.chunk_id)
+            if data is not None:
+                return data
+            # It came out of the cache, or with wrong bytes: let it leave, and look again.
+            await asyncio.sleep(0)
+
+    def _copy(self, chunk_id: ChunkId) -> bytes | None:
+        data = self._cache.load(chunk_id)
+        return None if data is None else bytes(data)
+
     def waiting(self) -> list[dict[str, object]]:
         """Flights that take long, and why; the oldest first."""
         now_s = self._clock()
@@ -180,7 +223,7 @@ class Fetcher:
         self._cache.touch(want[0])
         return self._decoded[want]
 
-    def _start(self, image: Manifest, rows: Iterable[ChunkRow]) -> list[Flight]:
+    def _start(self, image: Manifest, rows: Iterable[ChunkRow], errand: Errand = DEMAND) -> list[Flight]:
         """Flights for chunks that are neither decoded nor in flight, each on the nearest way."""
         here: list[ChunkRow] = []
         away: list[ChunkRow] = []
@@ -190,13 +233,13 @@ class Fetcher:
         if here:
             flights.append(flight := self._enter(image, here))
             self._launch(flight, self._load(flight))
-        for run in runs(away):
-            flights.append(flight := self._enter(image, run))
+        for run in self._source.runs(image, away):
+            flights.append(flight := self._enter(image, run, errand))
             self._launch(flight, self._fetch(flight))
         return flights
 
-    def _enter(self, image: Manifest, rows: Sequence[ChunkRow]) -> Flight:
-        flight = Flight(image, rows, self._loop.create_future(), self._clock())
+    def _enter(self, image: Manifest, rows: Sequence[ChunkRow], errand: Errand = DEMAND) -> Flight:
+        flight = Flight(image, rows, self._loop.create_future(), self._clock(), errand=errand)
         self._flights.update(dict.fromkeys(flight.wants(), flight))
         return flight
 
@@ -266,28 +309,40 @@ class Fetcher:
         while True:
             if flight.failures:
                 await self._pause(flight.failures)
-            async with self._slots:
-                self.stats.origin_requests += 1
-                try:
-                    buffers = await self._source.fetch(flight.rows)
-                except (VMThunderError, OSError) as error:
-                    self._failed(flight, error)
-                    continue
-                self._recovered()
-                outcomes = await self._loop.run_in_executor(self._loaders, unpack, flight.image, flight.rows, buffers)
-                right: list[tuple[ChunkRow, Buffer]] = []
-                for row, data in zip(flight.rows, buffers, strict=True):
-                    if want_of(flight.image, row) in outcomes:
-                        right.append((row, data))
-                    else:
-                        self._distrust(flight, row)
-                self.stats.chunks_fetched += len(right)
-                self.stats.bytes_fetched += sum(map(len, buffers))
-                self._remember(outcomes)
-                self._land(flight, outcomes)
-                # The slot is kept until they are stored, so that what waits for a slow disk has a bound too.
-                await self._loop.run_in_executor(self._storer, store, self._cache, right)
-                return
+            await self._room.wait()
+            try:
+                deliveries = await self._source.fetch(flight.image, flight.rows, flight.errand)
+            except (VMThunderError, OSError) as error:
+                self._failed(flight, error)
+                continue
+            break
+        self._recovered()
+        outcomes = await self._loop.run_in_executor(self._loaders, unpack, flight.image, flight.rows, deliveries)
+        right: list[tuple[ChunkRow, Buffer]] = []
+        for row, delivery in zip(flight.rows, deliveries, strict=True):
+            if want_of(flight.image, row) in outcomes:
+                right.append((row, delivery.data))
+            else:
+                self._distrust(flight, row, delivery.source)
+            self.stats.count(delivery)
+        self.stats.chunks_fetched += len(right)
+        flight.encoded = {row.chunk_id: data for row, data in right}
+        self._remember(outcomes)
+        self._land(flight, outcomes)
+        await self._store(right)
+
+    async def _store(self, chunks: Sequence[tuple[ChunkRow, Buffer]]) -> None:
+        """Into the chunk cache. What waits for a slow disk has a bound: no more is fetched while it is exceeded."""
+        size_bytes = sum(row.encoded_bytes for row, _ in chunks)
+        self._unstored_bytes += size_bytes
+        if self._unstored_bytes > MAX_UNSTORED_BYTES:
+            self._room.clear()
+        try:
+            await self._loop.run_in_executor(self._storer, store, self._cache, chunks)
+        finally:
+            self._unstored_bytes -= size_bytes
+            if self._unstored_bytes <= MAX_UNSTORED_BYTES:
+                self._room.set()
 
     async def _pause(self, failures: int) -> None:
         """Wait for the next try; shorter when somebody else got an answer after an outage."""
@@ -297,13 +352,18 @@ class Fetcher:
         except TimeoutError:
             pass
 
-    def _distrust(self, flight: Flight, row: ChunkRow) -> None:
+    def _distrust(self, flight: Flight, row: ChunkRow, source: NodeId | None) -> None:
         """Wrong bytes: the chunk goes on in a flight of its own and does not hold up the others."""
         self.stats.wrong_bytes += 1
-        if flight.why != _WRONG_BYTES:
-            logger.error("origin sent wrong bytes, asking again: %s", _place(flight.image, row))
-        again = self._enter(flight.image, [row])
-        again.since_s, again.failures, again.why = flight.since_s, flight.failures + 1, _WRONG_BYTES
+        again = self._enter(flight.image, [row], flight.errand)
+        again.since_s = flight.since_s
+        if source is not None:
+            # It is not asked again, so the next try need not wait.
+            self._source.distrust(source)
+        else:
+            if flight.why != _WRONG_BYTES:
+                logger.error("origin sent wrong bytes, asking again: %s", _place(flight.image, row))
+            again.failures, again.why = flight.failures + 1, _WRONG_BYTES
         self._launch(again, self._fetch(again))
 
     def _failed(self, flight: Flight, error: Exception) -> None:

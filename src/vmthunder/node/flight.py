@@ -12,14 +12,18 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from vmthunder.errors import CorruptChunk
-from vmthunder.ids import Buffer
+from vmthunder.ids import Buffer, ChunkId
 from vmthunder.image.chunk import decode, verify
 from vmthunder.image.manifest import ChunkRow, Manifest
 from vmthunder.node.cache import ChunkCache
 from vmthunder.node.decoded import Want
+from vmthunder.node.source import Delivery, Errand
 
 Outcome: TypeAlias = Buffer | CorruptChunk
 """A slice, or why there is none: the right bytes, which are not a chunk. No try can help: it was published so."""
+
+
+DEMAND = Errand()
 
 
 @dataclass(slots=True, eq=False)
@@ -36,6 +40,9 @@ class Flight:
     """What the last try failed of."""
     outcomes: Mapping[Want, Outcome] = field(default_factory=dict)
     """Of the chunks that arrived, once landed. The others must be looked for again."""
+    encoded: Mapping[ChunkId, Buffer] = field(default_factory=dict)
+    """What a source sent of them, verified: for peers that ask before it is stored."""
+    errand: Errand = DEMAND
 
     def wants(self) -> list[Want]:
         return [want_of(self.image, row) for row in self.rows]
@@ -74,13 +81,13 @@ def load(cache: ChunkCache, image: Manifest, todo: deque[ChunkRow], *, wait: boo
             return outcomes
 
 
-def unpack(image: Manifest, rows: Sequence[ChunkRow], buffers: Sequence[Buffer]) -> dict[Want, Outcome]:
+def unpack(image: Manifest, rows: Sequence[ChunkRow], deliveries: Sequence[Delivery]) -> dict[Want, Outcome]:
     """Chunks from a source, verified and decoded; those with wrong bytes are left out."""
     outcomes: dict[Want, Outcome] = {}
-    for row, data in zip(rows, buffers, strict=True):
-        if verify(row.chunk_id, data):
+    for row, delivery in zip(rows, deliveries, strict=True):
+        if verify(row.chunk_id, delivery.data):
             want = want_of(image, row)
-            outcomes[want] = _decoded(data, want)
+            outcomes[want] = _decoded(delivery.data, want)
     return outcomes
 
 

@@ -1,26 +1,52 @@
-"""Where chunks come from that this node does not have."""
+"""Where chunks come from that this node does not have: the interface, and the origin as the one that has them all."""
 
+import asyncio
 from collections.abc import Iterable, Sequence
-from typing import Protocol
+from typing import Final, NamedTuple, Protocol
 
-from vmthunder.ids import Buffer, PackId
-from vmthunder.image.manifest import ChunkRow
+from vmthunder.ids import Buffer, NodeId, PackId
+from vmthunder.image.manifest import ChunkRow, Manifest
+from vmthunder.peer.frames import Priority
 
-MAX_RUN_BYTES = 1 << 20
+MAX_RUN_BYTES: Final = 1 << 20
 """Encoded bytes of one request, but for a single chunk that is larger."""
+MAX_REQUESTS: Final = 16
+"""Requests of this node to the origin at a time."""
+
+
+class Errand(NamedTuple):
+    """For whom chunks are fetched."""
+
+    hops: int = 0
+    """Nodes that the request came through; 0: from a reader on this node."""
+    priority: Priority = Priority.DEMAND
+
+
+class Delivery(NamedTuple):
+    """Encoded bytes, as a source sent them: unchecked."""
+
+    data: Buffer
+    source: NodeId | None
+    """None: the origin."""
 
 
 class ChunkSource(Protocol):
     """Gives encoded chunks. Its word is not trusted: whoever asks verifies."""
 
-    async def fetch(self, run: Sequence[ChunkRow]) -> Sequence[Buffer]:
-        """The encoded bytes of chunks that `runs` put together, one buffer each, in their order.
+    def runs(self, image: Manifest, rows: Iterable[ChunkRow]) -> list[list[ChunkRow]]:
+        """Rows in groups to be fetched together."""
+        ...
 
-        Ends in bounded time, and is safe to cancel.
+    async def fetch(self, image: Manifest, run: Sequence[ChunkRow], errand: Errand) -> Sequence[Delivery]:
+        """The chunks of a group, in their order. Ends in bounded time, and is safe to cancel.
 
         Raises:
             VMThunderError, OSError: it cannot, now; another try may do.
         """
+        ...
+
+    def distrust(self, source: NodeId) -> None:
+        """What a node delivered was not the chunk it was asked for."""
         ...
 
 
@@ -57,13 +83,26 @@ def runs(rows: Iterable[ChunkRow]) -> list[list[ChunkRow]]:
 
 
 class OriginSource:
-    """The origin as a source: one ranged read of a pack for a run."""
+    """The origin as a source: one ranged read of a pack for a run, MAX_REQUESTS at a time."""
 
     def __init__(self, origin: Packs) -> None:
+        self.requests = 0
+        """Sent so far."""
         self._origin = origin
+        self._slots = asyncio.Semaphore(MAX_REQUESTS)
 
-    async def fetch(self, run: Sequence[ChunkRow]) -> Sequence[Buffer]:
+    def runs(self, image: Manifest, rows: Iterable[ChunkRow]) -> list[list[ChunkRow]]:
+        del image
+        return runs(rows)
+
+    async def fetch(self, image: Manifest, run: Sequence[ChunkRow], errand: Errand) -> Sequence[Delivery]:
+        del image, errand
         first, last = run[0], run[-1]
         length_bytes = last.offset + last.encoded_bytes - first.offset
-        data = memoryview(await self._origin.read_pack(first.pack, first.offset, length_bytes))
-        return [data[row.offset - first.offset :][: row.encoded_bytes] for row in run]
+        async with self._slots:
+            self.requests += 1
+            data = memoryview(await self._origin.read_pack(first.pack, first.offset, length_bytes))
+        return [Delivery(data[row.offset - first.offset :][: row.encoded_bytes], None) for row in run]
+
+    def distrust(self, source: NodeId) -> None:
+        """No node delivers here."""

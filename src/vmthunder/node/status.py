@@ -5,6 +5,7 @@ Its keys are an interface. Belongs to the event loop.
 
 import os
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from vmthunder.node.materialized import MaterializedImages
 from vmthunder.node.mountstate import MountState
 from vmthunder.node.pusher import Pusher
 from vmthunder.node.settings import AgentSettings
-from vmthunder.swarm.membership import Membership
+from vmthunder.node.source import OriginSource
 
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
@@ -39,8 +40,9 @@ class Status:
         cache: ChunkCache,
         decoded: DecodedChunks,
         fetcher: Fetcher,
+        origin: OriginSource,
         pusher: Pusher,
-        membership: Membership | None,
+        swarm: Callable[[], dict[str, Any] | None],
     ) -> None:
         self._settings = settings
         self._handoff = handoff
@@ -51,8 +53,9 @@ class Status:
         self._cache = cache
         self._decoded = decoded
         self._fetcher = fetcher
+        self._origin = origin
         self._pusher = pusher
-        self._membership = membership
+        self._swarm = swarm
 
     def snapshot(self) -> dict[str, Any]:
         agreed = self._handoff.negotiated
@@ -72,9 +75,9 @@ class Status:
                 "budget_bytes": self._decoded.budget_bytes,
                 "hits": self._decoded.hits,
             },
-            "fetch": asdict(self._fetcher.stats),
+            "fetch": asdict(self._fetcher.stats) | {"origin_requests": self._origin.requests},
             "pushed": {"bytes": self._pusher.pushed_bytes, "dropped": self._pusher.dropped},
-            "swarm": self._membership and self._membership.status(),
+            "swarm": self._swarm(),
             "waiting": self._catalogue.waiting() + self._fetcher.waiting(),
             "rss_bytes": int(Path("/proc/self/statm").read_text().split()[1]) * _PAGE_BYTES,
         }

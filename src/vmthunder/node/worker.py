@@ -11,10 +11,9 @@ import contextlib
 import errno
 import logging
 import os
-import random
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NoReturn
 
@@ -25,7 +24,6 @@ from vmthunder.fuse.session import Session
 from vmthunder.ids import Buffer, ImageId
 from vmthunder.image.manifest import Manifest
 from vmthunder.node import control
-from vmthunder.node.backoff import delay_s
 from vmthunder.node.cache import ChunkCache
 from vmthunder.node.catalogue import Catalogue
 from vmthunder.node.decoded import DecodedChunks
@@ -35,14 +33,13 @@ from vmthunder.node.imagefs import ImageFileSystem
 from vmthunder.node.materialized import MaterializedImages
 from vmthunder.node.mountstate import MountState, Node
 from vmthunder.node.operations import Operations
+from vmthunder.node.peers import Peers
 from vmthunder.node.pusher import Pusher
-from vmthunder.node.settings import AgentSettings, parse_address
+from vmthunder.node.settings import AgentSettings
 from vmthunder.node.source import OriginSource
 from vmthunder.node.status import Status
 from vmthunder.origin.origin import Origin
-from vmthunder.swarm.identity import node_id
 from vmthunder.swarm.key import ClusterKey
-from vmthunder.swarm.membership import Membership
 
 log = logging.getLogger(__name__)
 
@@ -77,6 +74,11 @@ async def _serve(settings: AgentSettings, handoff: Handoff) -> Leave:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, orders.put_nowait, Leave.STOP)
 
+    def reads() -> dict[ImageId, int]:
+        return {
+            node.image_id: files.read_bytes(node) for node in state.nodes() if node.handles and not node.materialized
+        }
+
     async with contextlib.AsyncExitStack() as stack:
         with _explained(settings):
             key = _cluster_key(settings, handoff)
@@ -86,7 +88,9 @@ async def _serve(settings: AgentSettings, handoff: Handoff) -> Leave:
             stack.callback(cache.close)
             await asyncio.to_thread(cache.recover)
             decoded = DecodedChunks(settings.decoded_bytes)
-            fetcher = Fetcher(OriginSource(origin), cache, decoded)
+            origin_source = OriginSource(origin)
+            peers = None if key is None or settings.tracker is None else Peers(settings, key, origin_source, reads)
+            fetcher = Fetcher(peers.source if peers else origin_source, cache, decoded)
             stack.push_async_callback(fetcher.close)
             catalogue = Catalogue(origin, settings.state_dir, settings.lookup_timeout_s)
             materialized = MaterializedImages(settings.materialized_dir, fetcher.read)
@@ -99,31 +103,25 @@ async def _serve(settings: AgentSettings, handoff: Handoff) -> Leave:
 
             return OnDemandImage(manifest, fetcher, push)
 
-        def reads() -> dict[ImageId, int]:
-            """What was read of the images that are open and not local."""
-            return {
-                node.image_id: files.read_bytes(node)
-                for node in state.nodes()
-                if node.handles and not node.materialized
-            }
-
-        membership = _membership(settings, key, reads)
-        files = ImageFileSystem(catalogue, materialized, state, open_image, LocalImage, membership)
+        swarms = peers.membership if peers else None
+        files = ImageFileSystem(catalogue, materialized, state, open_image, LocalImage, swarms)
         session = Session(handoff.fuse_fd, handoff.negotiated, files, loop)
         if handoff.negotiated.passthrough:
             files.backing = session
         pusher = Pusher(session.notify_store, handoff.fuse_fd)
         stack.callback(pusher.stop)
-        status = Status(
-            settings, handoff, state, files, catalogue, materialized, cache, decoded, fetcher, pusher, membership
-        )
-        operations = Operations(handoff, catalogue, materialized, state, status.snapshot, orders.put_nowait)
+        if peers is not None:
+            stack.push_async_callback(peers.close)
+            await peers.open(fetcher, cache, catalogue, needed=handoff.cause is Cause.START)
 
-        if membership is not None:
-            for image in reads():  # those that the worker before us was asked for
-                membership.use(image)
-            membership.start()
-            stack.push_async_callback(membership.close)
+        def swarm_status() -> dict[str, Any] | None:
+            return peers.status() if peers else None
+
+        status = Status(
+            settings, handoff, state, files, catalogue, materialized, cache, decoded, fetcher, origin_source, pusher,
+            swarm_status,
+        )  # fmt: skip
+        operations = Operations(handoff, catalogue, materialized, state, status.snapshot, orders.put_nowait)
 
         prepare_worker_memory()
         session.start(resend=handoff.cause is not Cause.START)
@@ -135,8 +133,8 @@ async def _serve(settings: AgentSettings, handoff: Handoff) -> Leave:
         how = await _told_to_leave(session, orders)
         log.info("event=leaving how=%s", how.name.lower())
         if how is Leave.STOP:
-            if membership is not None:
-                await membership.leave_all()
+            if peers is not None:
+                await peers.membership.leave_all()
             for promise in (settings.socket, settings.mount_state_file):
                 promise.unlink(missing_ok=True)
     return how
@@ -170,25 +168,6 @@ def _cluster_key(settings: AgentSettings, handoff: Handoff) -> ClusterKey | None
         # Guests depend on us: cached chunks and local copies are served without it.
         log.critical("event=cluster_key_lost reason=%s", error)
         return None
-
-
-def _membership(
-    settings: AgentSettings, key: ClusterKey | None, reads: Callable[[], dict[ImageId, int]]
-) -> Membership | None:
-    """The node's side of its swarms. None: it is in none, since peers talk only to those who have the key."""
-    if settings.tracker is None or key is None:
-        return None
-    _, port = parse_address(settings.peer_listen, "--peer-listen")
-    return Membership(
-        settings.tracker,
-        key.token,
-        node_id(settings.node_id_file),
-        port,
-        rack=settings.rack,
-        host=settings.advertise,
-        reads=reads,
-        backoff=lambda failures: delay_s(failures, random.random),
-    )
 
 
 @contextlib.contextmanager

@@ -14,10 +14,11 @@ import logging
 import os
 import socket
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, Final, NamedTuple, Protocol, TypeAlias
+from typing import Any, Final, TypeAlias
 
 from vmthunder.errors import Failure
 from vmthunder.ids import Buffer, ChunkId, ImageId, NodeId
+from vmthunder.peer.answer import Absent, Answer, Answerer, TooBusy
 from vmthunder.peer.frames import (
     HEAD_BYTES,
     NONCE_BYTES,
@@ -59,31 +60,7 @@ class LinkLost(Failure):
     """The connection is gone, or was never made; another source may do."""
 
 
-class Absent(NamedTuple):
-    """Answer: not here, and `hint` may have it."""
-
-    hint: NodeId | None = None
-
-
-class TooBusy(NamedTuple):
-    """Answer: not now; ask `hint`."""
-
-    retry_after_s: float
-    hint: NodeId | None = None
-
-
 Waiter: TypeAlias = "asyncio.Future[memoryview | NotHere | Busy]"
-Answer: TypeAlias = Buffer | Absent | TooBusy
-
-
-class Answerer(Protocol):
-    """What a link asks for what its peer wants."""
-
-    def answer(self, peer: NodeId, chunk_id: ChunkId, route: Route) -> Answer | Awaitable[Answer]:
-        """The chunk's checked bytes. At once when it is at hand; an awaitable is cancelled when the peer cancels."""
-
-    def held(self, swarm: ImageId, chunk_ids: Sequence[ChunkId]) -> list[bool]:
-        """Which of these are here."""
 
 
 class Link(asyncio.BufferedProtocol):
@@ -168,7 +145,7 @@ class Link(asyncio.BufferedProtocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
-        host, port, *_ = transport.get_extra_info("peername")
+        host, port, *_ = transport.get_extra_info("peername") or ("?", 0)  # None if it has hung up already
         self.where = f"{host}:{port}"
         sock = transport.get_extra_info("socket")
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -192,6 +169,8 @@ class Link(asyncio.BufferedProtocol):
             self._end(type(error)(f"{error} ({self.where})"), self._talk.goodbye(error.reason, str(error)))
             return
         for event in events:
+            if self.closed.done():
+                return  # one before this ended the conversation
             self._on_event(event)
         self._pump()
 
@@ -209,7 +188,7 @@ class Link(asyncio.BufferedProtocol):
         self._pump()
 
     def _look(self) -> None:
-        """Every half SILENCE_S: is anybody there?"""
+        """Every SILENCE_S: is anybody there?"""
         if not self._talk.is_open:
             self._end(LinkLost(f"peer {self.where} did not finish the handshake within {HANDSHAKE_S:.0f} s"))
             return
@@ -395,7 +374,7 @@ async def dial(
     try:
         async with asyncio.timeout(timeout_s):
             _, link = await loop.create_connection(lambda: Link(Role.DIALER, key, node, answerer), host, port)
-            await link.opened
+            await asyncio.shield(link.opened)
     except (OSError, TimeoutError) as error:
         raise LinkLost(
             f"cannot reach peer {host}:{port}: {str(error) or f'no answer within {timeout_s:g} s'}"

@@ -15,7 +15,7 @@ from typing import Final, NamedTuple, TypeAlias
 
 from blake3 import blake3
 
-from vmthunder.ids import DIGEST_BYTES, NODE_ID_BYTES, Buffer, ChunkId, ImageId, NodeId
+from vmthunder.ids import DIGEST_BYTES, NODE_ID_BYTES, ChunkId, ImageId, NodeId
 from vmthunder.peer import frames
 from vmthunder.peer.frames import (
     HEAD_BYTES,
@@ -43,16 +43,13 @@ from vmthunder.peer.frames import (
     WrongKey,
     WrongVersion,
 )
+from vmthunder.peer.key import KEY_BYTES
 
-KEY_BYTES: Final = 32
-MAX_REQUESTS: Final = 1024
-"""Chunks that each side may have asked for and not been answered."""
-MAX_QUESTIONS: Final = 64
-"""The same for HAVE and PING."""
+MAX_REQUESTS: Final = 1024  # chunks that each side may have asked for and not been answered
+MAX_QUESTIONS: Final = 64  # the same for HAVE and PING
 
 _SMALL_BYTES: Final = 16 << 10
 assert frames.MAX_BODY_BYTES + HEAD_BYTES <= _SMALL_BYTES
-_KEY_CONTEXT: Final = "vmthunder 2026-11 peer handshake: cluster key"
 
 
 class Role(Enum):
@@ -96,11 +93,6 @@ class _State(Enum):
     PROOF = auto()
     OPEN = auto()
     CLOSED = auto()
-
-
-def cluster_key(secret: Buffer) -> bytes:
-    """The key of the handshake, from the content of the cluster's key file."""
-    return blake3(secret, derive_key_context=_KEY_CONTEXT).digest()
 
 
 class Conversation:

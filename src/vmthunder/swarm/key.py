@@ -1,7 +1,7 @@
 """The cluster key: a secret file that all nodes and the image server share, and what is derived from it.
 
 The file holds 32 random bytes as hexadecimal digits. It may be read by its owner only. From it come the bearer token of
-HTTP requests (here) and the key of the peers' handshake (`peer.wire.cluster_key`), so neither tells the other.
+HTTP requests (here) and the key of the peers' handshake (`peer.key.cluster_key`), so neither tells the other.
 """
 
 import os
@@ -61,27 +61,27 @@ class ClusterKey(NamedTuple):
         return cls(bytes.fromhex(text))
 
     @classmethod
-    def load_or_create(cls, path: Path) -> tuple["ClusterKey", bool]:
-        """The key in a file, which is made if it is not there; whether it was.
+    def load_or_create(cls, path: Path) -> "ClusterKey":
+        """The key in a file, which is made if it is not there.
 
         Raises:
             NotPermitted, CorruptFile: as `load`.
             NotPermitted, Failure: it cannot be made.
         """
         try:
-            return cls.load(path), False
+            return cls.load(path)
         except NotFound:
             pass
         try:
-            created = _create(path)
+            _create(path)
         except OSError as error:
             kind = NotPermitted if isinstance(error, PermissionError) else Failure
             raise kind(f"cluster key {path} cannot be made ({error.strerror}); choose another --cluster-key") from None
-        return cls.load(path), created
+        return cls.load(path)
 
 
-def _create(path: Path) -> bool:
-    """Make a key file, whole and durable: nodes will get copies. False if somebody else was faster."""
+def _create(path: Path) -> None:
+    """Make a key file, whole and durable: nodes will get copies. If somebody else is faster, theirs stays."""
     path.parent.mkdir(parents=True, exist_ok=True)
     fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=".cluster-key-")  # for us alone
     try:
@@ -89,8 +89,7 @@ def _create(path: Path) -> bool:
         os.fsync(fd)
         path.hardlink_to(temporary)
     except FileExistsError:
-        return False
+        pass
     finally:
         os.close(fd)
         Path(temporary).unlink()
-    return True

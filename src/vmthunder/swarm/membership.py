@@ -69,14 +69,13 @@ class Membership:
         tracker_url: str,
         token: str | None,
         node: NodeId,
-        port: int,
         *,
         rack: str = "",
         host: str | None = None,
         reads: Callable[[], Mapping[ImageId, int]] = dict,
         backoff: Callable[[int], float],
     ) -> None:
-        """`port` is where this node listens for peers, at `host`, or the address from which it reaches the tracker.
+        """Peers reach this node at `host`; at the address from which it reaches the tracker, if that is None.
 
         `reads` gives counters of reads by image: while one moves, its image is in use. `backoff` gives seconds after so
         many failures.
@@ -89,7 +88,7 @@ class Membership:
         self.reachable: bool | None = None
         """Whether the tracker answered last time; None before the first."""
         self._token = token
-        self._port = port
+        self._port = 0
         self._rack = rack
         self._host = host
         self._reads = reads
@@ -100,8 +99,9 @@ class Membership:
         self._client = TrackerClient(tracker_url, token)
         self._tasks: list[asyncio.Task[None]] = []
 
-    def start(self) -> None:
-        """Begin to follow the tracker. Nothing is sent before an image is used."""
+    def start(self, port: int) -> None:
+        """Begin to follow the tracker; peers are listened for at `port`. Nothing is sent before an image is used."""
+        self._port = port
         self._tasks = [asyncio.create_task(self._run()), asyncio.create_task(self._look())]
 
     async def close(self) -> None:
@@ -126,7 +126,7 @@ class Membership:
         swarm = self._swarms.get(image)
         if swarm is None:
             swarm = self._swarms[image] = _Swarm()
-            if self.reachable is False:
+            if self.reachable is False or not self._tasks:
                 swarm.settled.set()
         swarm.wanted = True
         if not swarm.announced:
