@@ -35,7 +35,9 @@ def node(number: int) -> NodeId:
 @asynccontextmanager
 async def members(url: str, token: str | None, count: int, **options: Any) -> AsyncIterator[list[Membership]]:
     """Nodes that follow the tracker."""
-    nodes = [Membership(url, token, node(number), backoff=lambda _: 0.05, **options) for number in range(1, count + 1)]
+    nodes = [
+        Membership(url, token, node(number), **{"backoff": lambda _: 0.05, **options}) for number in range(1, count + 1)
+    ]
     for number, member in enumerate(nodes, 1):
         member.start(7000 + number)
     try:
@@ -139,7 +141,7 @@ async def test_a_tracker_that_was_killed_learns_everything_from_its_nodes_again(
         assert time.monotonic() - late < 0.05, "a tracker that is known to be away is not waited for"
         assert nodes[0].roster(OTHER) is None
 
-        server.start()
+        await asyncio.to_thread(server.start)  # while they try again and again
 
         def rebuilt() -> bool:
             now = view(nodes[0])
@@ -155,13 +157,13 @@ async def test_a_tracker_that_was_killed_learns_everything_from_its_nodes_again(
 
 
 @pytest.mark.asyncio
-async def test_a_tracker_that_was_never_there_costs_nothing_but_the_first_moment(server: Server) -> None:
+async def test_a_tracker_that_was_never_there_is_not_waited_for(server: Server) -> None:
     server.kill()
-    async with members(server.url, None, 1) as (member,):
+    async with members(server.url, None, 1, backoff=lambda _: 60) as (member,):
         began = time.monotonic()
         await open_image(member)
         await open_image(member, OTHER)
-        assert time.monotonic() - began < membership.SETTLE_S + 0.2
+        assert time.monotonic() - began < membership.SETTLE_S
         assert member.roster(IMAGE) is None
         assert member.status()["tracker_reachable"] is False
 

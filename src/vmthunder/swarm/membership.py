@@ -268,8 +268,7 @@ class Membership:
     def _update(self, swarm: _Swarm, update: Update) -> None:
         if swarm.roster is None:
             swarm.roster = Roster()
-        if not swarm.roster.update(update):
-            swarm.roster.version = Version(0, 0)  # so that the next poll brings it whole
+        swarm.roster.update(update)  # What does not fit changes nothing: the next poll says what we know.
         swarm.settled.set()
 
     def _lost(self, error: VMThunderError) -> None:
