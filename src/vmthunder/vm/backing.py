@@ -19,7 +19,10 @@ class BackingImage:
 
     @classmethod
     def resolve(cls, agent: AgentClient, image: str) -> "BackingImage":
-        """The version of an image, by name or id, that is current now. Raises what the agent does: AgentUnavailable, NotFound, …."""
+        """The image of that id, or the one that a name means now.
+
+        Raises what the agent does: AgentUnavailable, NotFound, ….
+        """
         found = agent.resolve(image)
         # This node may know an id that it never heard a name of.
         name = found["name"] or found["image_id"]
