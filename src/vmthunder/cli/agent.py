@@ -105,7 +105,11 @@ def _client(run_dir: Path) -> AgentClient:
     help="To all other nodes together: 200mbit.",
 )
 @click.option(
-    "--download-limit", type=BYTES_PER_SECOND, default=0, show_default="none", help="From nodes and origin together."
+    "--download-limit",
+    type=BYTES_PER_SECOND,
+    default=0,
+    show_default="none",
+    help="From nodes and origin together; only with other nodes (p2p).",
 )
 @click.option("--detach", is_flag=True, help="Run in the background; return when the mount serves.")
 @click.option(

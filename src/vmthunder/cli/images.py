@@ -108,7 +108,8 @@ def rm(name: str, origin_url: str, as_json: bool) -> None:
 def gc(origin_url: str, dry_run: bool, as_json: bool) -> None:
     """Remove what no image name reaches: old versions, removed images, and what interrupted publishes left.
 
-    A guest that still runs on a version without a name loses its disk's unread parts: `vmthunder materialize` it first.
+    A guest that runs on a version without a name would wait for ever for parts of its disk that its node does not hold.
+    End such guests first; only one that was started after `vmthunder materialize` needs no origin.
     Refuses while somebody publishes.
     """
     origin = Origin.open(origin_url)
