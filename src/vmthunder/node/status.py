@@ -21,6 +21,7 @@ from vmthunder.node.mountstate import MountState
 from vmthunder.node.pusher import Pusher
 from vmthunder.node.settings import AgentSettings
 from vmthunder.node.source import OriginSource
+from vmthunder.node.stall import Stall
 
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
@@ -41,6 +42,7 @@ class Status:
         fetcher: Fetcher,
         origin: OriginSource,
         pusher: Pusher,
+        stall: Stall,
     ) -> None:
         self._settings = settings
         self._handoff = handoff
@@ -53,6 +55,7 @@ class Status:
         self._fetcher = fetcher
         self._origin = origin
         self._pusher = pusher
+        self._stall = stall
 
     def snapshot(self) -> dict[str, Any]:
         agreed = self._handoff.negotiated
@@ -72,7 +75,8 @@ class Status:
                 "budget_bytes": self._decoded.budget_bytes,
                 "hits": self._decoded.hits,
             },
-            "fetch": asdict(self._fetcher.stats) | {"origin_requests": self._origin.requests},
+            "fetch": asdict(self._fetcher.stats)
+            | {"origin_requests": self._origin.requests, "stalled_s": round(self._stall.total_s, 6)},
             "pushed": {"bytes": self._pusher.pushed_bytes, "dropped": self._pusher.dropped},
             "waiting": self._catalogue.waiting() + self._fetcher.waiting(),
             "rss_bytes": int(Path("/proc/self/statm").read_text().split()[1]) * _PAGE_BYTES,

@@ -12,6 +12,7 @@ import logging
 import os
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NoReturn
@@ -35,6 +36,7 @@ from vmthunder.node.operations import Operations
 from vmthunder.node.pusher import Pusher
 from vmthunder.node.settings import AgentSettings
 from vmthunder.node.source import OriginSource
+from vmthunder.node.stall import Stall
 from vmthunder.node.status import Status
 from vmthunder.origin.origin import Origin
 
@@ -79,6 +81,7 @@ async def _serve(settings: AgentSettings, handoff: Handoff) -> Leave:
         decoded = DecodedChunks(settings.decoded_bytes)
         source = OriginSource(origin)
         fetcher = Fetcher(source, cache, decoded)
+        stall = Stall(time.monotonic)
         stack.push_async_callback(fetcher.close)
         catalogue = Catalogue(origin, settings.state_dir, settings.lookup_timeout_s)
         materialized = MaterializedImages(settings.materialized_dir, fetcher.read)
@@ -89,7 +92,7 @@ async def _serve(settings: AgentSettings, handoff: Handoff) -> Leave:
             def push(offset: int, data: Buffer) -> None:
                 pusher.push(number, offset, data)
 
-            return OnDemandImage(manifest, fetcher, push)
+            return OnDemandImage(manifest, fetcher, push, stall)
 
         files = ImageFileSystem(catalogue, materialized, state, open_image, LocalImage)
         session = Session(handoff.fuse_fd, handoff.negotiated, files, loop)
@@ -98,7 +101,7 @@ async def _serve(settings: AgentSettings, handoff: Handoff) -> Leave:
         pusher = Pusher(session.notify_store, handoff.fuse_fd)
         stack.callback(pusher.stop)
         status = Status(
-            settings, handoff, state, files, catalogue, materialized, cache, decoded, fetcher, source, pusher
+            settings, handoff, state, files, catalogue, materialized, cache, decoded, fetcher, source, pusher, stall
         )
         operations = Operations(handoff, catalogue, materialized, state, status.snapshot, orders.put_nowait)
 
