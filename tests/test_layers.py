@@ -24,7 +24,7 @@ BELOW: dict[str, set[str]] = {
     "vm": {"node", "ids", "errors"},
     "lab": {"vm", "node", "ids", "errors"},
     "bench": {"lab", "vm", "node", "publishing", "origin", "fuse", "image", "ids", "errors"},
-    "cli": {"bench", "lab", "vm", "node", "publishing", "origin", "fuse", "image", "ids", "errors"},
+    "cli": {"bench", "lab", "vm", "node", "swarm", "publishing", "origin", "fuse", "image", "ids", "errors"},
     "__main__": {"cli"},
     "__init__": set(),
 }
@@ -42,6 +42,7 @@ PURE = {
     "swarm.view",
     "swarm.tracker",
     "swarm.rank",
+    "swarm.activity",
     "peer.answer",
     "peer.frames",
     "peer.key",

@@ -9,6 +9,7 @@ The rooms, from the bottom up; imports go down only (tests/test_layers.py holds 
 * `publishing`: any disk image into chunks, packs and a manifest at an origin.
 * `node`: the agent of a compute host: chunk cache, fetcher, image file system, control socket.
 * `vm`: overlays, seeds, QEMU and user-mode Linux on top of a file that the agent shows.
+* `lab`: clusters of network namespaces on one machine; boots recorded and replayed.
 * `bench`: what it costs, against what people use today.
 * `cli`: one module per group of commands.
 """

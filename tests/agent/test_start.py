@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from agents import Lab, alive, disk_bytes, eventually, run_vmthunder, same
+from agents import Lab, alive, disk_bytes, eventually, output_of, run_vmthunder, same
 from conftest import VMTHUNDER, one_line
 from vmthunder.errors import AgentUnavailable, Usage
 from vmthunder.fuse import mounts
@@ -138,6 +138,7 @@ def test_what_a_killed_agent_left_behind_does_not_hinder_the_next(lab: Lab) -> N
     source = lab.publish("debian-12", disk_bytes(100_000))
     agent = lab.agent()
     status = agent.status()
+    output_of("ls", "-l", agent.mount)  # the kernel remembers the root's attributes, and shows them after our death
     # The keeper first: it would start another worker.
     for key in ("keeper_pid", "pid"):
         os.kill(status[key], signal.SIGKILL)

@@ -124,7 +124,8 @@ def test_json_that_breaks_decoders_is_refused(decode: Callable[[bytes], object],
 @given(JOINS, POLLS)
 def test_a_tracker_survives_every_message_that_was_taken(join: Join, poll: Poll) -> None:
     tracker = Tracker(1, stripes=2, fanout=3)
-    view = tracker.join(join, 0)
+    tracker.join(join, 0, 0)
+    view = tracker.views()[join.swarm]
     tracker.poll(poll, 1, 0)
     tracker.poll(poll._replace(node=join.member.node), 2, 0)
     tracker.tick(1)

@@ -28,6 +28,10 @@ def kept(queues: S3Fifo, numbers: range) -> int:
     return sum(chunk(number) in queues for number in numbers)
 
 
+def bytes_in_small(queues: S3Fifo) -> int:
+    return sum(entry & _SIZE_MASK for entry in queues._entries.values() if not entry & _MAIN)
+
+
 def use_apart(queues: S3Fifo, numbers: range) -> None:
     """Use chunks long after whatever they were used for before."""
     for _ in range(CORRELATED_USES):
@@ -103,6 +107,18 @@ def test_small_makes_room_where_main_has_nothing_left() -> None:
     assert len(room.evicted) >= 5
 
 
+def test_a_chunk_that_was_dropped_from_small_and_came_back_to_main_has_one_place() -> None:
+    queues = S3Fifo(100)
+    store(queues, range(100))
+    queues.remove(chunk(0))
+    queues.remove(chunk(95))
+    store(queues, range(95, 96))
+    use_apart(queues, range(95, 96))
+    store(queues, range(1000, 1100))
+    assert chunk(95) in queues
+    assert queues._small_bytes == bytes_in_small(queues)
+
+
 class Machine(RuleBasedStateMachine):
     """Any sequence of calls against a plain dictionary."""
 
@@ -137,8 +153,7 @@ class Machine(RuleBasedStateMachine):
     def counts_what_is_here(self) -> None:
         assert self.queues.used_bytes == sum(self.sizes.values())
         assert len(self.queues) == len(self.sizes)
-        small = (entry for entry in self.queues._entries.values() if not entry & _MAIN)
-        assert self.queues._small_bytes == sum(entry & _SIZE_MASK for entry in small)
+        assert self.queues._small_bytes == bytes_in_small(self.queues)
         assert all(self.queues.size_bytes(chunk_id) == size for chunk_id, size in self.sizes.items())
 
 

@@ -34,8 +34,8 @@ class Node:
         self.fetcher = Fetcher(self.origin, self.cache, self.decoded, rng=lambda: rng)
 
     def end(self) -> None:
-        self.fetcher._storer.shutdown()
-        self.fetcher._loaders.shutdown()
+        for pool in (self.fetcher._helper, self.fetcher._loaders, self.fetcher._storer):
+            pool.shutdown()
         self.cache.close()
 
     async def read(self, image: Image, first: int, number: int = 1) -> list[bytes]:

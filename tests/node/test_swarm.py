@@ -58,14 +58,18 @@ class Node:
     ) -> None:
         self.id = NodeId(digest(number.to_bytes(4, "big"))[:16])
         self.behaviour = Behaviour()
-        self.pool = Pool(KEY, self.id, self.behaviour)
+        self.pool = Pool(KEY, self.id)
         self.origin = OriginSource(packs)
         self.source = SwarmSource(self.id, rosters.get, self.pool, self.origin, RateLimit(0))
         self.cache = ChunkCache(directory, 1 << 30)
         self.cache.recover()
         self.fetcher = Fetcher(self.source, self.cache, DecodedChunks(1 << 20))
         manifests: dict[ImageId, Manifest] = {image.manifest.image_id: image.manifest for image in images}
-        self.relay = self.behaviour.relay = Relay(self.fetcher, self.cache, manifests.get, RateLimit(0))
+
+        async def manifest(image: ImageId) -> Manifest | None:
+            return manifests.get(image)
+
+        self.relay = self.behaviour.relay = Relay(self.fetcher, self.cache, manifest, RateLimit(0))
         self.port = 0
 
     async def read(self, image: Image, first: int, count: int) -> list[Buffer]:
@@ -113,7 +117,7 @@ async def make_swarm(tmp_path: Path) -> AsyncIterator[Make]:
         for number in range(count):
             node = Node(number, tmp_path / str(number), packs, [image], rosters)
             made.append(node)
-            node.port = await node.pool.listen("127.0.0.1", 0)
+            node.port = await node.pool.open("127.0.0.1", 0, node.behaviour)
             roster.change(Joined(Member(node.id, "", "127.0.0.1", node.port)))
         return Swarm(image, list(made), packs)
 

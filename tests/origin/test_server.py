@@ -143,8 +143,8 @@ def test_a_port_in_use_is_one_line(root: Path, run_cli: RunCli) -> None:
         (["--root", "/tmp", "--listen", "203.0.113.7:0"], 2, "cannot listen on 203.0.113.7"),
     ],
 )
-def test_bad_options_are_one_line(arguments: list[str], code: int, says: str, run_cli: RunCli) -> None:
-    done = run_cli("server", *arguments)
+def test_bad_options_are_one_line(arguments: list[str], code: int, says: str, run_cli: RunCli, tmp_path: Path) -> None:
+    done = run_cli("server", *arguments, "--cluster-key", tmp_path / "key")
     assert done.returncode == code
     assert says in one_line(done.stderr)
 

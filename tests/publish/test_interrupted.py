@@ -34,30 +34,34 @@ def daemons_on(disk: Path) -> list[str]:
 def test_a_killed_publish_shows_nothing_and_the_next_one_uses_what_it_stored(
     tmp_path: Path, origin: Path, start_publish: Start, run_cli: RunCli
 ) -> None:
-    disk = make_noise(tmp_path / "disk")
+    disk = convert(make_noise(tmp_path / "raw"), tmp_path / "disk", "qcow2")
     killed = start_publish(disk, "it", origin)
     killed.stop_in_the_middle()
     killed.process.kill()
     killed.end()
     assert visible(origin) == []
+    wait_until(lambda: not daemons_on(disk), "the storage daemon ends by itself")
+    assert not litter(tmp_path)
     before = {path: path.stat().st_mtime_ns for path in stored_packs(origin)}
     again = run_cli("publish", disk, "it", "--origin", origin)
     assert again.returncode == 0, again.stderr
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert sum(path.stat().st_size for path in stored_packs(origin)) < 161 * MIB
-    assert same(contents(origin, "it"), disk.read_bytes())
+    assert same(contents(origin, "it"), (tmp_path / "raw").read_bytes())
 
 
 def test_kills_at_any_moment_lose_nothing_and_leave_nothing(tmp_path: Path, origin: Path, run_cli: RunCli) -> None:
     rng = random.Random(7)
     disk = convert(make_noise(tmp_path / "raw", 48 * MIB), tmp_path / "disk", "qcow2")
+    began_s = time.monotonic()
     first = run_cli("publish", disk, "old", "--origin", origin)
+    takes_s = time.monotonic() - began_s
     assert first.returncode == 0, first.stderr
     make_noise(tmp_path / "raw", 48 * MIB, seed=2)
     convert(tmp_path / "raw", disk, "qcow2")
     for _ in range(12):
         victim = Publish(disk, "new", origin)
-        time.sleep(rng.uniform(0, 0.9))
+        time.sleep(rng.uniform(0, takes_s))
         victim.process.kill()
         victim.end()
     wait_until(lambda: not daemons_on(disk), "the storage daemons end by themselves")

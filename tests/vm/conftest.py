@@ -90,8 +90,8 @@ def typed(command: str, expected: str, machines: Machines, name: str = "web") ->
             shown += (process.stdout.read() or b"").decode(errors="replace")  # type: ignore[union-attr]
             return any(re.search(expected, line) and command not in line for line in shown.splitlines())
 
-        # What is typed before the shell runs is lost.
-        eventually(lambda: answered() or "built-in shell" in shown, "a shell on the console")
+        # What is typed before its prompt is lost.
+        eventually(lambda: answered() or "/ # " in shown, "a shell on the console")
         process.stdin.write(command.encode() + b"\n")
         process.stdin.flush()
         eventually(answered, "an answer on the console")

@@ -12,22 +12,27 @@ from functools import partial
 from pathlib import Path
 
 from vmthunder.bench.link import FAR_ADDRESS, Link
-from vmthunder.bench.processes import VMTHUNDER, Process, finish, running
+from vmthunder.bench.processes import VMTHUNDER, Process, finish
 from vmthunder.errors import AgentUnavailable
+from vmthunder.lab.cluster import Host
 from vmthunder.node.control import AgentClient
 from vmthunder.node.settings import control_socket
 
-_START_S = 30.0
+_START_S = 60.0
 _PUBLISH_S = 3600.0
 _LISTENING = "listening on "
 
 
 @dataclass(frozen=True)
 class Node:
-    """A compute node whose agent serves."""
+    """A compute node."""
 
     process: Process
     client: AgentClient
+
+    def wait(self) -> None:
+        """Until it serves. Raises Failure."""
+        self.process.wait_until(partial(_serves, self.client), _START_S)
 
 
 def publish(source: Path, name: str, origin: Path, *options: str) -> None:
@@ -42,7 +47,15 @@ def image_server(origin: Path, link: Link | None = None) -> Iterator[tuple[str, 
     """Serve a directory origin over HTTP, on loopback or at the far end of a link; gives its URL."""
     address = FAR_ADDRESS if link else "127.0.0.1"
     log = origin.with_name(f"{origin.name}-server-{address}.log")
-    argv = [*VMTHUNDER, "server", "--root", str(origin), "--listen", f"{address}:0"]
+    # Whatever this machine's cluster key is, it has nothing to do with a benchmark.
+    argv = [
+        *VMTHUNDER,
+        "server",
+        f"--root={origin}",
+        f"--listen={address}:0",
+        f"--cluster-key={_key_file(origin)}",
+        "--no-p2p",
+    ]
     start = partial(Process, "image server", argv, log)
     process = link.far.run(start) if link else start()
     try:
@@ -55,6 +68,17 @@ def image_server(origin: Path, link: Link | None = None) -> Iterator[tuple[str, 
 @contextmanager
 def compute_node(origin_url: str, directory: Path, cache_bytes: int) -> Iterator[Node]:
     """Run an agent that keeps all it has in `directory`, which is removed at the end."""
+    key = f"--cluster-key={_key_file(directory)}"
+    with starting_node(origin_url, directory, cache_bytes, key, "--no-p2p") as node:
+        node.wait()
+        yield node
+
+
+@contextmanager
+def starting_node(
+    origin_url: str, directory: Path, cache_bytes: int, *options: str, host: Host | None = None
+) -> Iterator[Node]:
+    """The same, given before it serves, so that several can start together; on a host of a cluster if one is given."""
     directory.mkdir(parents=True)
     try:
         # A run directory of its own: a path to a unix socket must be short, and `directory` may be anywhere.
@@ -67,13 +91,21 @@ def compute_node(origin_url: str, directory: Path, cache_bytes: int) -> Iterator
                 f"--state-dir={directory / 'state'}",
                 f"--run-dir={run_dir}",
                 f"--cache-size={cache_bytes}",
+                *options,
             ]
-            client = AgentClient(control_socket(Path(run_dir)))
-            with running("agent", argv, directory / "agent.log") as process:
-                process.wait_until(partial(_serves, client), _START_S)
-                yield Node(process, client)
+            start = partial(Process, "agent", argv, directory / "agent.log")
+            process = host.run(start) if host else start()
+            try:
+                yield Node(process, AgentClient(control_socket(Path(run_dir))))
+            finally:
+                process.stop()
     finally:
         shutil.rmtree(directory, ignore_errors=True)
+
+
+def _key_file(beside: Path) -> Path:
+    """Made by the image server, whose nodes have their directories beside its own."""
+    return beside.with_name("cluster.key")
 
 
 def _serves(client: AgentClient) -> bool:

@@ -1,20 +1,33 @@
 """`agent`, `status`, `materialize`, `dematerialize`: the agent of this compute node."""
 
+import asyncio
+import contextlib
 import math
 import os
 from pathlib import Path
 from typing import Any
 
 import click
+from rich.console import JustifyMethod
 from rich.table import Table
 
+from vmthunder.cli.cluster_key import HTTP, cluster_key_option, find_key_file, load_key
 from vmthunder.cli.output import bytes_progress, console, emit, json_option, size_text
-from vmthunder.cli.sizes import BYTES
-from vmthunder.errors import Usage
+from vmthunder.cli.sizes import BYTES, BYTES_PER_SECOND
+from vmthunder.cli.swarm import ask_tracker
+from vmthunder.errors import Failure, NotFound, OriginUnavailable, Usage
 from vmthunder.node.control import AgentClient
-from vmthunder.node.settings import DEFAULT_RUN_DIR, DEFAULT_STATE_DIR, AgentSettings, control_socket
+from vmthunder.node.settings import (
+    DEFAULT_PEER_LISTEN,
+    DEFAULT_RUN_DIR,
+    DEFAULT_STATE_DIR,
+    AgentSettings,
+    control_socket,
+)
 
 WAITING_SHOWN = 10
+CHECK_S = 2.0
+"""How long the start of an agent may wait for what the server says to its key."""
 _DIRECTORY = click.Path(path_type=Path)
 
 run_dir_option = click.option(
@@ -59,6 +72,41 @@ def _client(run_dir: Path) -> AgentClient:
     help="How long opening an image that this node does not know may wait for the origin; 0: for ever. "
     "Reads of an open image always wait.",
 )
+@cluster_key_option
+@click.option(
+    "--tracker",
+    metavar="URL",
+    envvar="VMTHUNDER_TRACKER",
+    show_default="the origin, if it is a server's URL",
+    help="Who knows the other nodes.",
+)
+@click.option(
+    "--p2p/--no-p2p", default=True, help="Whether to pass chunks on to other nodes, and take them from those."
+)
+@click.option("--peer-listen", default=DEFAULT_PEER_LISTEN, help="ADDRESS:PORT for other nodes.")
+@click.option(
+    "--advertise",
+    metavar="HOST",
+    show_default="the address from which this node reaches the tracker",
+    help="Where other nodes reach this one.",
+)
+@click.option(
+    "--rack",
+    metavar="LABEL",
+    default="",
+    show_default="none",
+    help="Chunks enter a rack about once, through all its nodes.",
+)
+@click.option(
+    "--upload-limit",
+    type=BYTES_PER_SECOND,
+    default=0,
+    show_default="none",
+    help="To all other nodes together: 200mbit.",
+)
+@click.option(
+    "--download-limit", type=BYTES_PER_SECOND, default=0, show_default="none", help="From nodes and origin together."
+)
 @click.option("--detach", is_flag=True, help="Run in the background; return when the mount serves.")
 @click.option(
     "--restart", is_flag=True, help="Hand the running agent's mount over to a new worker, from the code installed now."
@@ -73,6 +121,14 @@ def agent(
     cache_size: int,
     decoded_size: int,
     lookup_timeout: float,
+    cluster_key: Path | None,
+    tracker: str | None,
+    p2p: bool,
+    peer_listen: str,
+    advertise: str | None,
+    rack: str,
+    upload_limit: int,
+    download_limit: int,
     detach: bool,
     restart: bool,
     stop: bool,
@@ -97,6 +153,7 @@ def agent(
         # Imported here: the other commands need no FUSE.
         from vmthunder.node.agent import run, run_detached
 
+        key_file = find_key_file(cluster_key)
         settings = AgentSettings(
             origin=origin if "://" in origin else str(Path(origin).absolute()),
             mount=Path(os.path.realpath(mount or state_dir / "images")),
@@ -105,11 +162,41 @@ def agent(
             cache_bytes=cache_size,
             decoded_bytes=decoded_size,
             lookup_timeout_s=lookup_timeout,
+            cluster_key=key_file,
+            tracker=_tracker(origin, tracker, key_file) if p2p else None,
+            peer_listen=peer_listen,
+            advertise=advertise,
+            rack=rack,
+            upload_limit_bytes_s=upload_limit,
+            download_limit_bytes_s=download_limit,
         )
+        _check_key(settings)
         if not detach:
             run(settings)
         report = run_detached(settings)
         emit(as_json, report, lambda: console.print(f"images of {report['origin']} are in {report['mount']}"))
+
+
+def _tracker(origin: str, tracker: str | None, key_file: Path | None) -> str | None:
+    """The tracker that was named, or that of the origin if there is a key to talk to peers with."""
+    if tracker is None and key_file is not None and origin.startswith(HTTP):
+        return origin
+    return tracker
+
+
+def _check_key(settings: AgentSettings) -> None:
+    """Ask the server once whether it takes our key, before images fail to open for the want of it.
+
+    Raises:
+        NotPermitted: it does not.
+        Usage, NotFound, CorruptFile: the tracker's URL or the key is wrong.
+    """
+    server = settings.tracker or settings.origin
+    key = load_key(settings.cluster_key)
+    if not server.startswith(HTTP):
+        return
+    with contextlib.suppress(OriginUnavailable, NotFound, Failure):  # The agent begins without them, if it must.
+        asyncio.run(ask_tracker(server, key, CHECK_S))
 
 
 def _print_stopped(report: dict[str, Any]) -> None:
@@ -148,17 +235,24 @@ def _print_status(report: dict[str, Any]) -> None:
         f"fetched  {fetch['chunks_fetched']} chunks, {size_text(fetch['bytes_fetched'])} "
         f"in {fetch['origin_requests']} requests; {fetch['chunks_from_cache']} chunks from the cache"
     )
+    swarm = report["swarm"]
+    if swarm is not None:
+        state = {True: "", False: ", which does not answer", None: ", not asked yet"}[swarm["tracker_reachable"]]
+        console.print(f"swarm    node {swarm['node_id'][:8]}, tracker {swarm['tracker']}{state}")
+        for found in swarm["swarms"]:
+            console.print(f"swarm    {found['image_id'][:12]}: {found['members']} nodes")
     lost = [name for name, there in report["kernel"].items() if not there]
     if lost:
         console.print(f"kernel   has no {', '.join(lost)}")
     if report["images"]:
         table = Table(box=None, pad_edge=False)
         for column in ("image", "id", "size", "open", "read", "where"):
-            table.add_column(column, justify="right" if column in {"size", "open", "read"} else "left")
+            justify: JustifyMethod = "right" if column in {"size", "open", "read"} else "left"
+            table.add_column(column, justify=justify, overflow="fold")
         for image in report["images"]:
             table.add_row(
-                image["name"] or "—",
-                image["image_id"][:12],
+                _name(image),
+                image["image_id"][: 12 if image["current"] else None],
                 size_text(image["virtual_bytes"]),
                 str(image["open"]),
                 size_text(image["read_bytes"]),
@@ -171,6 +265,12 @@ def _print_status(report: dict[str, Any]) -> None:
         console.print(f"waiting  {entry['image'][:40]}{chunk} for {_duration(entry['since_s'])}: {entry['why']}")
     if len(waiting) > WAITING_SHOWN:
         console.print(f"waiting  … and {len(waiting) - WAITING_SHOWN} more")
+
+
+def _name(image: dict[str, Any]) -> str:
+    if image["current"]:
+        return str(image["name"])
+    return f"{image['name']} (older)" if image["name"] else "—"
 
 
 def _duration(seconds: float) -> str:

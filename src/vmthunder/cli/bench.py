@@ -13,6 +13,7 @@ from vmthunder.cli.main import LazyGroup
         "read": "vmthunder.cli.bench_read:read",
         "boot": "vmthunder.cli.bench_boot:boot",
         "publish": "vmthunder.cli.bench_publish:publish",
+        "spread": "vmthunder.cli.bench_spread:spread",
     },
 )
 def bench() -> None:

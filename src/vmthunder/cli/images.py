@@ -3,12 +3,14 @@
 import asyncio
 from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
+from vmthunder.cli.cluster_key import cluster_key_option, open_origin
 from vmthunder.cli.output import bytes_progress, console, emit, json_option, progress_console, size_text
 from vmthunder.errors import Corrupt
 from vmthunder.ids import image_name
@@ -37,10 +39,11 @@ def origin_option(command: Command) -> Command:
 
 @click.command()
 @origin_option
+@cluster_key_option
 @json_option
-def images(origin_url: str, as_json: bool) -> None:
+def images(origin_url: str, cluster_key: Path | None, as_json: bool) -> None:
     """List the published images."""
-    refs = asyncio.run(Origin.open(origin_url).refs())
+    refs = asyncio.run(open_origin(origin_url, cluster_key).refs())
 
     def human() -> None:
         table = Table("name", "virtual", "allocated", "stored", "published", "image id", box=None)
@@ -55,16 +58,16 @@ def images(origin_url: str, as_json: bool) -> None:
 @click.command()
 @click.argument("name")
 @origin_option
+@cluster_key_option
 @json_option
-def verify(name: str, origin_url: str, as_json: bool) -> None:
+def verify(name: str, origin_url: str, cluster_key: Path | None, as_json: bool) -> None:
     """Read every chunk of image NAME at its origin and check it. Exits with 4 if any is damaged."""
     checked = image_name(name)
     with bytes_progress() as progress:
         bar = progress.add_task(f"verify {name}", total=None)
+        origin = open_origin(origin_url, cluster_key)
         found = asyncio.run(
-            verify_image(
-                Origin.open(origin_url), checked, lambda done, total: progress.update(bar, completed=done, total=total)
-            )
+            verify_image(origin, checked, lambda done, total: progress.update(bar, completed=done, total=total))
         )
 
     def human() -> None:

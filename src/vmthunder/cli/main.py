@@ -20,6 +20,7 @@ COMMANDS: Mapping[str, str] = {
     "rm": "vmthunder.cli.images:rm",
     "gc": "vmthunder.cli.images:gc",
     "server": "vmthunder.cli.server:server",
+    "swarm": "vmthunder.cli.swarm:swarm",
     "agent": "vmthunder.cli.agent:agent",
     "status": "vmthunder.cli.agent:status",
     "materialize": "vmthunder.cli.agent:materialize",
@@ -74,7 +75,7 @@ def vmthunder() -> None:
     On the machine that keeps the images:
       vmthunder publish debian-12.qcow2 debian-12 --origin /srv/images
       vmthunder server --root /srv/images --listen 0.0.0.0:8930
-    On each compute node:
+    On each compute node, with a copy of that machine's /var/lib/vmthunder/cluster.key:
       vmthunder agent --origin http://images:8930 --detach
       vmthunder boot debian-12
 

@@ -8,6 +8,7 @@ from rich.table import Table
 
 from vmthunder.cli.output import bytes_progress, console, emit, json_option, size_text
 from vmthunder.cli.sizes import BYTES
+from vmthunder.errors import NotPermitted
 from vmthunder.ids import image_name
 from vmthunder.image.chunk import DEFAULT_CHUNK_BYTES, DEFAULT_LEVEL, MAX_LEVEL, MIN_LEVEL, check_chunk_bytes
 from vmthunder.origin.origin import Origin
@@ -37,7 +38,11 @@ from vmthunder.publishing.source import open_source
     help="Format of SOURCE; auto looks at its first bytes.",
 )
 @click.option(
-    "--chunk-size", "chunk_bytes", type=BYTES, default=DEFAULT_CHUNK_BYTES, help="A power of two, 4KiB to 4MiB."
+    "--chunk-size",
+    "chunk_bytes",
+    type=BYTES,
+    default=f"{DEFAULT_CHUNK_BYTES >> 10}KiB",
+    help="A power of two, 4KiB to 4MiB.",
 )
 @click.option("--level", type=click.IntRange(MIN_LEVEL, MAX_LEVEL), default=DEFAULT_LEVEL, help="Of zstd.")
 @click.option("--threads", type=click.IntRange(1, 256), help="That read and compress.  [default: one per CPU]")
@@ -63,6 +68,8 @@ def publish(
     image = image_name(name)
     check_chunk_bytes(chunk_bytes)
     origin = Origin.open(origin_url, create=True)
+    if not origin.writable:  # said before anything is downloaded
+        raise NotPermitted(f"{origin.url} can only be read; publish to the directory or bucket behind it")
     with bytes_progress() as progress:
         task = progress.add_task("download" if "://" in source else "publish", total=None)
 

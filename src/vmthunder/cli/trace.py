@@ -31,7 +31,12 @@ def trace() -> None:
 @click.argument("image")
 @click.option("--output", "-o", type=PATH, help="Trace file to write.  [default: IMAGE.csv]")
 @click.option("--memory", type=BYTES, default="256MiB", help="Memory of the guest.")
-@click.option("--accel", type=click.Choice(Accel), default=Accel.AUTO, help="auto: KVM where it runs a guest.")
+@click.option(
+    "--accel",
+    type=click.Choice([*map(str, Accel)]),
+    default=Accel.AUTO.value,
+    help="auto: KVM where it runs a guest, else TCG.",
+)
 @click.option("--ready-pattern", default=DEFAULT_PATTERN, help="Ready when this is on the console.")
 @click.option("--timeout", "timeout_s", type=click.FloatRange(min=0.1), default=300, help="Seconds to become ready in.")
 @click.option("--run-dir", type=click.Path(path_type=Path), default=DEFAULT_RUN_DIR, envvar="VMTHUNDER_RUN_DIR")
@@ -40,7 +45,7 @@ def record(
     image: str,
     output: Path | None,
     memory: int,
-    accel: Accel,
+    accel: str,
     ready_pattern: str,
     timeout_s: float,
     run_dir: Path,
@@ -52,7 +57,7 @@ def record(
     """
     backing = BackingImage.resolve(AgentClient(control_socket(run_dir)), image)
     reads, report = record_boot(
-        backing, Spec(memory_bytes=memory, accel=accel), ConsolePattern(ready_pattern), timeout_s
+        backing, Spec(memory_bytes=memory, accel=Accel(accel)), ConsolePattern(ready_pattern), timeout_s
     )
     path = output or Path(f"{image}.csv")
     with path.open("w") as file:

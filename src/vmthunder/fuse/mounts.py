@@ -121,7 +121,7 @@ def _answers(mountpoint: str) -> bool:
     child = os.fork()
     if child == 0:
         try:
-            os.stat(mountpoint)
+            os.statvfs(mountpoint)  # not stat: what that shows the kernel may have cached
         except OSError as error:
             os._exit(error.errno or 0)
         os._exit(0)

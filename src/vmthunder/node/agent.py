@@ -22,7 +22,7 @@ _FUSE_DEVICE = Path("/dev/fuse")
 
 def run(settings: AgentSettings) -> NoReturn:
     """Become the keeper of a new agent, in the foreground: no process stands between it and who supervises it."""
-    os.set_inheritable(_prepare(settings), True)
+    os.set_inheritable(_take_place(settings), True)
     nobody = os.open(os.devnull, os.O_WRONLY)  # Waits for the mount to serve.
     os.set_inheritable(nobody, True)
     sys.stdout.flush()
@@ -36,15 +36,17 @@ def run_detached(settings: AgentSettings) -> dict[str, Any]:
     Raises:
         VMThunderError: it could not start, with the worker's or the keeper's own line and exit code.
     """
-    lock = _prepare(settings)
-    keeper = spawn_keeper(
-        settings.mount,
-        _worker_command(settings),
-        log=settings.log_file,
-        ready_timeout_s=START_S,
-        pass_fds=(lock,),
-    )
-    os.close(lock)
+    lock = _take_place(settings)
+    try:
+        keeper = spawn_keeper(
+            settings.mount,
+            _worker_command(settings),
+            log=settings.log_file,
+            ready_timeout_s=START_S,
+            pass_fds=(lock,),
+        )
+    finally:
+        os.close(lock)
     keeper.returncode = 0  # It is nobody's child from now on, and Popen need not wonder.
     return AgentClient(settings.socket).status()
 
@@ -53,8 +55,8 @@ def _worker_command(settings: AgentSettings) -> list[str]:
     return [sys.executable, "-m", "vmthunder.node.worker", settings.to_json()]
 
 
-def _prepare(settings: AgentSettings) -> int:
-    """Directories, lock and mount point; returns the lock's descriptor."""
+def _take_place(settings: AgentSettings) -> int:
+    """Make the directories, lock them and clear the mount point; returns the lock's descriptor."""
     if os.geteuid() != 0:
         raise NotPermitted("an agent mounts a file system; run `vmthunder agent` as root")
     if not _FUSE_DEVICE.exists():
@@ -62,12 +64,16 @@ def _prepare(settings: AgentSettings) -> int:
     _make_directory(settings.run_dir, "--run-dir")
     _make_directory(settings.state_dir, "--state-dir")
     lock = ownership.take(settings.run_dir)
-    # What an agent that died left: its socket looks like a live one, its mount answers ENOTCONN.
-    settings.socket.unlink(missing_ok=True)
-    mounts.clear_stale(str(settings.mount))
-    if mounts.find_mount(str(settings.mount)):
-        raise Conflict(f"something is already mounted at {settings.mount}; unmount it, or choose another --mount")
-    _make_directory(settings.mount, "--mount")
+    try:
+        # What an agent that died left: its socket looks like a live one, its mount answers ENOTCONN.
+        settings.socket.unlink(missing_ok=True)
+        mounts.clear_stale(str(settings.mount))
+        if mounts.find_mount(str(settings.mount)):
+            raise Conflict(f"something is already mounted at {settings.mount}; unmount it, or choose another --mount")
+        _make_directory(settings.mount, "--mount")
+    except BaseException:
+        os.close(lock)
+        raise
     return lock
 
 

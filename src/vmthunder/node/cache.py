@@ -126,7 +126,7 @@ class ChunkCache:
                     continue
                 for victim in room.evicted:
                     self._unlink(_place(victim))
-                self._queues.add(chunk_id, size_bytes, to_main=room.to_main or queue is main)
+                self._queues.add(chunk_id, size_bytes, to_main=room.to_main)
 
     def __contains__(self, chunk_id: ChunkId) -> bool:
         return chunk_id in self._queues

@@ -25,6 +25,8 @@ from vmthunder.node.settings import DEFAULT_RUN_DIR, control_socket
 log = logging.getLogger(__name__)
 
 MAX_REQUEST_BYTES = 64 << 10
+ANSWER_S = 30.0
+"""How long an answer may take that depends on nothing but the agent."""
 TAKEOVER_S = 30.0
 """How long a client waits for a worker that is just being replaced."""
 _POLL_S = 0.02
@@ -101,7 +103,7 @@ class AgentClient:
 
     def status(self) -> dict[str, Any]:
         """What the agent does now; the keys are those of `vmthunder status --json`."""
-        return self._ask("status")
+        return self._ask("status", timeout_s=ANSWER_S)
 
     def resolve(self, name: str) -> dict[str, Any]:
         """The image that `name` (or an image id) names now: `name`, `image_id`, `path`, `virtual_bytes`.
@@ -129,7 +131,7 @@ class AgentClient:
 
     def restart(self, timeout_s: float = 60) -> dict[str, Any]:
         """Hand over to a new worker; returns the status of the new one. Raises Conflict if the keeper is gone."""
-        before = self._ask("restart")["restarts"]
+        before = self._ask("restart", timeout_s=ANSWER_S)["restarts"]
         deadline = time.monotonic() + timeout_s
         while (status := self.status())["restarts"] == before:
             if time.monotonic() > deadline:
@@ -138,8 +140,8 @@ class AgentClient:
         return status
 
     def stop(self, timeout_s: float = 60) -> dict[str, Any]:
-        """End the agent and its mount; `open_images` in the result lost their files."""
-        result = self._ask("stop")
+        """End the agent and its mount; returns its last status, whose open images are so no more."""
+        result = self._ask("stop", timeout_s=ANSWER_S)
         deadline = time.monotonic() + timeout_s
         while self._path.exists() or ownership.is_taken(self._path.parent):
             if time.monotonic() > deadline:
@@ -149,13 +151,19 @@ class AgentClient:
             time.sleep(_POLL_S)
         return result
 
-    def _ask(self, do: str, progress: Callable[[int, int], None] | None = None, **arguments: str) -> dict[str, Any]:
+    def _ask(
+        self,
+        do: str,
+        progress: Callable[[int, int], None] | None = None,
+        timeout_s: float | None = None,
+        **arguments: str,
+    ) -> dict[str, Any]:
         """All requests may be repeated; so a worker that dies while it answers costs a repetition, not an error."""
         request = json.dumps({"do": do, **arguments}).encode() + b"\n"
         deadline = time.monotonic() + TAKEOVER_S
         while True:
             try:
-                for reply in self._replies(request):
+                for reply in self._replies(request, timeout_s):
                     if "result" in reply:
                         result: dict[str, Any] = reply["result"]
                         return result
@@ -174,9 +182,9 @@ class AgentClient:
                     ) from None
             time.sleep(_POLL_S)
 
-    def _replies(self, request: bytes) -> Iterator[dict[str, Any]]:
+    def _replies(self, request: bytes, timeout_s: float | None) -> Iterator[dict[str, Any]]:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
-            connection.settimeout(TAKEOVER_S)
+            connection.settimeout(timeout_s)
             connection.connect(str(self._path))
             connection.sendall(request)
             with connection.makefile("rb") as lines:

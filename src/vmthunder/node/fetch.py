@@ -14,7 +14,7 @@ import logging
 import random
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from operator import attrgetter
@@ -33,9 +33,9 @@ logger = logging.getLogger(__name__)
 MAX_UNSTORED_BYTES = 32 << 20
 """Encoded bytes in memory that wait for the disk."""
 LOADERS = 4
-"""Threads that load, verify and decode. More than cores: files that are not in the page cache are waited for there."""
-NOW_CHUNKS = 3
-"""Chunks that are decoded on the loop's own thread at once: waking another one costs as much as decoding a chunk."""
+"""Threads that load, verify and decode what must be waited for."""
+ALONE_CHUNKS = 3
+"""Chunks that the loop's thread decodes without its helper: waking another thread costs as much as decoding a chunk."""
 SLOW_S = 1.0
 """A flight that is as old as this is shown as one that somebody waits for."""
 _WRONG_BYTES = "the origin sends wrong bytes"
@@ -87,6 +87,7 @@ class Fetcher:
         self._clock = clock
         self._rng = rng
         self._loop = asyncio.get_running_loop()
+        self._helper = ThreadPoolExecutor(1, "decode")
         self._loaders = ThreadPoolExecutor(LOADERS, "load")
         self._storer = ThreadPoolExecutor(1, "store")
         self._flights: dict[Want, Flight] = {}
@@ -103,13 +104,13 @@ class Fetcher:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        await asyncio.to_thread(self._loaders.shutdown)
-        await asyncio.to_thread(self._storer.shutdown)
+        for pool in (self._helper, self._loaders, self._storer):
+            await asyncio.to_thread(pool.shutdown)
 
     def read_now(self, image: Manifest, rows: Sequence[ChunkRow]) -> list[Buffer] | None:
         """The slices of `rows`, if nothing must be waited for; else None, and `read` has them.
 
-        A few chunks are decoded here, if their files are in the page cache.
+        Chunks whose files are in the page cache are decoded here.
 
         Raises:
             CorruptChunk: what was published cannot be decoded.
@@ -118,9 +119,9 @@ class Fetcher:
         missing = {want: row for want, row in zip(wants, rows, strict=True) if want not in self._decoded}
         if not missing:
             return [self._recall(want) for want in wants]
-        if len(missing) > NOW_CHUNKS or not missing.keys().isdisjoint(self._flights):
+        if any(want in self._flights or want[0] not in self._cache for want in missing):
             return None
-        outcomes = load(self._cache, image, deque(missing.values()), wait=False)
+        outcomes = self._load_now(image, missing.values())
         slices = None
         if len(outcomes) == len(missing):  # asked before what was loaded may push it out
             slices = [slice_of(outcomes[want]) if want in outcomes else self._recall(want) for want in wants]
@@ -203,6 +204,21 @@ class Fetcher:
             if not flight.landed.done() and (flight.failures or now_s - flight.since_s >= SLOW_S)
         ]
 
+    def _load_now(self, image: Manifest, rows: Collection[ChunkRow]) -> dict[Want, Outcome]:
+        """Chunks whose files are in the page cache, decoded by the loop's thread and its helper side by side.
+
+        The loop stops for less than the time of one chunk until the helper is done, which costs less than a flight, and
+        two threads that decode hand the interpreter's lock to each other less often than three.
+        """
+        todo = deque(rows)
+        if len(todo) <= ALONE_CHUNKS:
+            return load(self._cache, image, todo, wait=False)
+        help_ = self._helper.submit(load, self._cache, image, todo, wait=False)
+        outcomes = load(self._cache, image, todo, wait=False)
+        if not help_.cancel():  # it has begun
+            outcomes.update(help_.result())
+        return outcomes
+
     def _recall(self, want: Want) -> Buffer:
         self._cache.touch(want[0])
         return self._decoded[want]
@@ -266,20 +282,16 @@ class Fetcher:
                 flight.landed.exception()  # marks it as seen: the last reader may have left
 
     async def _load(self, flight: Flight) -> None:
-        """From the chunk cache. Readers look elsewhere for what turns out not to be there.
+        """From the chunk cache, on several threads: a disk reads several files at a time.
 
-        The loop's thread does its share where the files are in the page cache: two threads that decode side by side hand
-        the interpreter's lock to each other half as often as three.
+        Readers look elsewhere for what turns out not to be there.
         """
         todo = deque(flight.rows)
-        jobs = [self._loop.run_in_executor(self._loaders, load, self._cache, flight.image, todo)]
-        outcomes = load(self._cache, flight.image, todo, wait=False)
-        # What is left is not in the page cache, and a disk reads several files at a time. One job more than there seems
-        # to be a need for: the first may have found nothing to do in the moment when the loop held the last row.
-        jobs += (
+        jobs = [
             self._loop.run_in_executor(self._loaders, load, self._cache, flight.image, todo)
-            for _ in range(min(LOADERS - 1, len(todo)))
-        )
+            for _ in range(min(LOADERS, len(todo)))
+        ]
+        outcomes: dict[Want, Outcome] = {}
         for job in jobs:
             outcomes.update(await job)
         self._loaded(flight.image, flight.rows, outcomes)

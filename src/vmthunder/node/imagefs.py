@@ -18,7 +18,7 @@ from typing import Protocol
 
 from vmthunder.errors import InvalidName, NotFound, NotPermitted, OriginUnavailable, VMThunderError
 from vmthunder.fuse.protocol import Attr, DirEntry, Entry, Opened, Statfs
-from vmthunder.ids import Buffer
+from vmthunder.ids import Buffer, ImageId
 from vmthunder.image.manifest import Manifest
 from vmthunder.node.catalogue import Catalogue
 from vmthunder.node.materialized import MaterializedImages
@@ -45,6 +45,13 @@ class OpenFile(Protocol):
     def close(self) -> None: ...
 
 
+class Swarms(Protocol):
+    """The swarms that this node is in."""
+
+    def use(self, image: ImageId) -> None: ...
+    async def settled(self, image: ImageId) -> None: ...
+
+
 class Backing(Protocol):
     """The kernel's side of passthrough; raises OSError."""
 
@@ -62,12 +69,14 @@ class ImageFileSystem:
         state: MountState,
         open_image: Callable[[Node, Manifest], OpenFile],
         open_local: Callable[[int], OpenFile],
+        swarms: Swarms | None = None,
     ) -> None:
         self._catalogue = catalogue
         self._materialized = materialized
         self._state = state
         self._open_image = open_image
         self._open_local = open_local
+        self._swarms = swarms
         self._files: dict[int, OpenFile] = {}
         self.backing: Backing | None = None
         """Set once there is a session, if the kernel has passthrough."""
@@ -90,13 +99,8 @@ class ImageFileSystem:
 
     def forget(self, node: int, nlookup: int) -> None:
         known = self._state.node(node)
-        if known is None or not self._state.forget(known, nlookup):
-            return
-        file = self._files.pop(node, None)
-        if file is not None:
-            file.close()
-        if self._state.find(known.image_id, materialized=not known.materialized) is None:
-            self._catalogue.drop(known.image_id)
+        if known is not None and self._state.forget(known, nlookup):
+            self._close(known)
 
     def getattr(self, node: int) -> tuple[Attr, float]:
         attr = Attr(ROOT, 0, _DIRECTORY_MODE, nlink=2) if node == ROOT else _file_attr(self._node(node))
@@ -110,6 +114,8 @@ class ImageFileSystem:
         # A file that is open through us must not be opened in passthrough beside that: the kernel answers EIO.
         if known.materialized and not known.handles:
             backing_id = self._open_backing(known)
+        elif self._swarms is not None and not known.materialized:
+            self._swarms.use(known.image_id)  # before the first read, which would rather not wait for it
         handle = self._state.open(known, backing_id)
         # The kernel brings the handle back with each READ: what a worker must know of it, it finds in the handle.
         return Opened(handle << 1 | bool(flags & os.O_DIRECT), backing_id or 0)
@@ -144,9 +150,9 @@ class ImageFileSystem:
                 file = self._open_local(self._materialized.open(known.image_id))
             except FileNotFoundError:
                 # Removed by hand under an open file. The origin has the same bytes.
-                file = self._open_image(known, await self._catalogue.manifest(known.image_id))
+                file = await self._on_demand(known)
         else:
-            file = self._open_image(known, await self._catalogue.manifest(known.image_id))
+            file = await self._on_demand(known)
         # Somebody may have come first during the await.
         if self._files.setdefault(node, file) is not file:
             file.close()
@@ -154,18 +160,34 @@ class ImageFileSystem:
         slices = file.read(offset, size_bytes, direct=bool(fh & 1))
         return await slices if isinstance(slices, Awaitable) else slices
 
-    def read_bytes(self, node: int) -> int:
-        """Bytes that this worker was asked for; what the kernel had in its page cache is not among them."""
-        file = self._files.get(node)
-        return file.read_bytes if file else 0
+    async def _on_demand(self, node: Node) -> OpenFile:
+        if self._swarms is not None:
+            # Also after a worker's death: its successor must be in the swarm before it asks everything of the origin.
+            self._swarms.use(node.image_id)
+            await self._swarms.settled(node.image_id)
+        return self._open_image(node, await self._catalogue.manifest(node.image_id))
+
+    def read_bytes(self, node: Node) -> int:
+        """Bytes that we were asked for; what the kernel had in its page cache is not among them."""
+        file = self._files.get(node.number)
+        return node.read_bytes + (file.read_bytes if file else 0)
 
     def release(self, node: int, fh: int) -> None:
         known = self._state.node(node)
         if known is None:
             return
+        if known.handles == {fh >> 1}:
+            self._close(known)
         unused = self._state.release(known, fh >> 1)
         if unused is not None and self.backing is not None:
             self.backing.close_backing(unused)
+
+    def _close(self, node: Node) -> None:
+        """Nobody has the node open: give its manifest or its descriptor back."""
+        file = self._files.pop(node.number, None)
+        if file is not None:
+            node.read_bytes += file.read_bytes
+            file.close()
 
     def readdir(self, node: int) -> Sequence[DirEntry]:
         if node != ROOT:

@@ -100,6 +100,8 @@ class MaterializedImages:
                 min(manifest.row_count * manifest.chunk_bytes, manifest.virtual_bytes)
             )
             copying.task = asyncio.create_task(self._copy(manifest, copying), name=f"materialize {image.hex()}")
+            # Should it fail when all who wait have just left, that is no crash of ours.
+            copying.task.add_done_callback(lambda task: task.cancelled() or task.exception())
         copying.watchers += 1
         try:
             while not copying.task.done():
@@ -174,12 +176,21 @@ def _write(path: Path, places: Sequence[int], slices: Sequence[Buffer]) -> None:
     # Opened here and not by the job: a job that is cancelled must not close the file under a thread that writes.
     descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
     try:
-        for offset, data in zip(places, slices, strict=True):
+        for offset, data in _runs(places, slices):
             written = 0
             while written < len(data):
                 written += os.pwrite(descriptor, memoryview(data)[written:], offset + written)
     finally:
         os.close(descriptor)
+
+
+def _runs(places: Sequence[int], slices: Sequence[Buffer]) -> Iterator[tuple[int, bytes]]:
+    """Slices that lie side by side, joined: the kernel caches a long write in large folios, which are read faster."""
+    start = 0
+    for end in range(1, len(places) + 1):
+        if end == len(places) or places[end] != places[end - 1] + len(slices[end - 1]):
+            yield places[start], b"".join(slices[start:end])
+            start = end
 
 
 def _finish(part: Path, path: Path) -> None:

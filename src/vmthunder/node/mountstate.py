@@ -39,6 +39,8 @@ class Node:
     """LOOKUPs that were answered and not forgotten, or more."""
     handles: set[int] = field(default_factory=set)
     """File handles that are open, or more."""
+    read_bytes: int = 0
+    """What workers were asked for, those of files that are open now aside."""
     backing_id: int | None = None
     """What the kernel calls the local file while the node is open in passthrough; one for all opens of it."""
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from vmthunder.errors import Conflict, NotFound
 from vmthunder.fuse.handoff import Handoff, Leave
+from vmthunder.ids import image_id, is_hex_digest
 from vmthunder.node.catalogue import Catalogue
 from vmthunder.node.control import Handler, Progress
 from vmthunder.node.imagefs import SUFFIX
@@ -72,7 +73,7 @@ class Operations:
         """Refused while the copy is open: its space would not come back before, and a guest might lose its disk."""
         del progress
         text = request["image"]
-        image = (await self._catalogue.find(text)).image_id
+        image = image_id(text) if is_hex_digest(text) else (await self._catalogue.find(text)).image_id
         if image not in self._materialized:
             raise NotFound(f"image {text} is not materialized on this node")
         node = self._state.find(image, materialized=True)

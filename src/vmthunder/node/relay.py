@@ -35,16 +35,16 @@ class Relay:
         self,
         fetcher: Fetcher,
         cache: ChunkCache,
-        image: Callable[[ImageId], Manifest | None],
+        manifest: Callable[[ImageId], Awaitable[Manifest | None]],
         upload: RateLimit,
     ) -> None:
-        """`image` gives the manifest of an image that this node is in the swarm of."""
+        """`manifest` gives that of an image whose swarm this node is in, None for others."""
         self.sent_bytes = 0
         self.refused = 0
         """Requests that were answered with 'not here' or 'busy'."""
         self._fetcher = fetcher
         self._cache = cache
-        self._image = image
+        self._manifest = manifest
         self._upload = upload
         self._making = 0
 
@@ -79,13 +79,13 @@ class Relay:
         return data
 
     async def _make(self, chunk_id: ChunkId, route: Route) -> Answer:
-        image = self._image(route.swarm)
-        row = image.find(chunk_id) if image is not None else None
-        if image is None or row is None or (route.hops >= MAX_HOPS and chunk_id not in self._cache):
-            self.refused += 1
-            return Absent()
         self._making += 1
         try:
+            image = await self._manifest(route.swarm)
+            row = image.find(chunk_id) if image is not None else None
+            if image is None or row is None or (route.hops >= MAX_HOPS and chunk_id not in self._cache):
+                self.refused += 1
+                return Absent()
             data = await self._fetcher.encoded(image, row, Errand(route.hops + 1, route.priority))
             await asyncio.sleep(self._upload.reserve(len(data), time.monotonic()))
         finally:

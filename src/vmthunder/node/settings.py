@@ -13,6 +13,7 @@ from vmthunder.errors import Usage
 
 DEFAULT_STATE_DIR = Path("/var/lib/vmthunder")
 DEFAULT_RUN_DIR = Path("/run/vmthunder")
+DEFAULT_PEER_LISTEN = "0.0.0.0:8931"
 MAX_SOCKET_CHARS = 100
 """Of 107 that Linux allows (sun_path in unix(7)), with room for a temporary name."""
 
@@ -20,6 +21,14 @@ MAX_SOCKET_CHARS = 100
 def control_socket(run_dir: Path) -> Path:
     """Where the agent that owns `run_dir` answers."""
     return run_dir / "agent.sock"
+
+
+def parse_address(text: str, option: str) -> tuple[str, int]:
+    """Address and port. Raises Usage."""
+    host, colon, port = text.rpartition(":")
+    if not colon or not port.isdecimal() or int(port) > 65535:
+        raise Usage(f"{option} {text!r} is not ADDRESS:PORT, such as 127.0.0.1:8930 or 0.0.0.0:8930")
+    return host.strip("[]") or "0.0.0.0", int(port)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,15 +45,33 @@ class AgentSettings:
     """Budget of decoded chunks in memory."""
     lookup_timeout_s: float = 30.0
     """How long opening an image that this node never saw may wait for the origin; 0: for ever."""
+    cluster_key: Path | None = None
+    """File with the cluster key. Without it this node neither listens for peers nor asks any."""
+    tracker: str | None = None
+    """URL of the tracker; without it this node is in no swarm."""
+    peer_listen: str = DEFAULT_PEER_LISTEN
+    """ADDRESS:PORT where peers may connect."""
+    advertise: str | None = None
+    """Host that peers connect to; None: the address from which this node reaches the tracker."""
+    rack: str = ""
+    upload_limit_bytes_s: int = 0
+    """To all peers together; 0: none."""
+    download_limit_bytes_s: int = 0
+    """From peers and origin together; 0: none."""
 
     def __post_init__(self) -> None:
-        for path in (self.mount, self.state_dir, self.run_dir):
+        for path in (self.mount, self.state_dir, self.run_dir, *filter(None, (self.cluster_key,))):
             if not path.is_absolute():
                 raise Usage(f"{path} is not an absolute path")
         if len(os.fsencode(self.socket)) > MAX_SOCKET_CHARS:
             raise Usage(f"run directory {self.run_dir} is too long for a unix socket; choose a shorter --run-dir")
         if self.cache_bytes < 0 or self.decoded_bytes < 0 or not 0 <= self.lookup_timeout_s < 1e9:
             raise Usage("sizes and time-outs of an agent must not be negative")
+        if self.tracker is not None and self.cluster_key is None:
+            raise Usage(
+                "peers talk only to those who have the cluster key; give it with --cluster-key, or use --no-p2p"
+            )
+        parse_address(self.peer_listen, "--peer-listen")
 
     @property
     def socket(self) -> Path:
@@ -60,6 +87,10 @@ class AgentSettings:
         return self.run_dir / "mount.json"
 
     @property
+    def node_id_file(self) -> Path:
+        return self.state_dir / "node-id"
+
+    @property
     def materialized_dir(self) -> Path:
         return self.state_dir / "materialized"
 
@@ -71,7 +102,8 @@ class AgentSettings:
         """Raises Usage."""
         try:
             fields = json.loads(text)
-            fields.update((key, Path(fields[key])) for key in ("mount", "state_dir", "run_dir"))
+            paths = ("mount", "state_dir", "run_dir", "cluster_key")
+            fields.update((key, Path(fields[key])) for key in paths if fields.get(key) is not None)
             return cls(**fields)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise Usage(f"these are not the settings of an agent: {error!r}") from None

@@ -5,6 +5,7 @@ Its keys are an interface. Belongs to the event loop.
 
 import os
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ class Status:
         origin: OriginSource,
         pusher: Pusher,
         stall: Stall,
+        swarm: Callable[[], dict[str, Any] | None],
     ) -> None:
         self._settings = settings
         self._handoff = handoff
@@ -56,6 +58,7 @@ class Status:
         self._origin = origin
         self._pusher = pusher
         self._stall = stall
+        self._swarm = swarm
 
     def snapshot(self) -> dict[str, Any]:
         agreed = self._handoff.negotiated
@@ -78,6 +81,7 @@ class Status:
             "fetch": asdict(self._fetcher.stats)
             | {"origin_requests": self._origin.requests, "stalled_s": round(self._stall.total_s, 6)},
             "pushed": {"bytes": self._pusher.pushed_bytes, "dropped": self._pusher.dropped},
+            "swarm": self._swarm(),
             "waiting": self._catalogue.waiting() + self._fetcher.waiting(),
             "rss_bytes": int(Path("/proc/self/statm").read_text().split()[1]) * _PAGE_BYTES,
         }
@@ -90,6 +94,7 @@ class Status:
                 {
                     "name": node.name,
                     "image_id": node.image_id.hex(),
+                    "current": self._catalogue.name_of(node.image_id) is not None,
                     "open": 0,
                     "virtual_bytes": node.size_bytes,
                     "read_bytes": 0,
@@ -97,12 +102,14 @@ class Status:
                 },
             )
             entry["open"] += len(node.handles)
-            entry["read_bytes"] += self._files.read_bytes(node.number)
+            entry["read_bytes"] += self._files.read_bytes(node)
         for image in self._materialized:
             if image not in images:
+                name = self._catalogue.name_of(image)
                 images[image] = {
-                    "name": self._catalogue.name_of(image),
+                    "name": name,
                     "image_id": image.hex(),
+                    "current": name is not None,
                     "open": 0,
                     "virtual_bytes": self._materialized.virtual_bytes(image),
                     "read_bytes": 0,

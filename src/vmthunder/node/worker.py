@@ -8,20 +8,21 @@ What is not expected ends the process loudly: the keeper starts another one, and
 
 import asyncio
 import contextlib
+import errno
 import logging
 import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NoReturn
 
-from vmthunder.errors import CorruptFile, VMThunderError
+from vmthunder.errors import CorruptFile, Failure, NoSpace, VMThunderError
 from vmthunder.fuse.handoff import Cause, Handoff, Leave
 from vmthunder.fuse.memory import prepare_worker_memory
 from vmthunder.fuse.session import Session
-from vmthunder.ids import Buffer
+from vmthunder.ids import Buffer, ImageId
 from vmthunder.image.manifest import Manifest
 from vmthunder.node import control
 from vmthunder.node.cache import ChunkCache
@@ -33,12 +34,14 @@ from vmthunder.node.imagefs import ImageFileSystem
 from vmthunder.node.materialized import MaterializedImages
 from vmthunder.node.mountstate import MountState, Node
 from vmthunder.node.operations import Operations
+from vmthunder.node.peers import Peers
 from vmthunder.node.pusher import Pusher
 from vmthunder.node.settings import AgentSettings
 from vmthunder.node.source import OriginSource
 from vmthunder.node.stall import Stall
 from vmthunder.node.status import Status
 from vmthunder.origin.origin import Origin
+from vmthunder.swarm.key import ClusterKey
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +63,8 @@ def main(arguments: Sequence[str] = sys.argv) -> NoReturn:
         how = asyncio.run(_serve(settings, handoff))
     except VMThunderError as error:
         sys.stderr.write(f"vmthunder: {error}\n")
-        sys.exit(error.exit_code)
+        sys.stderr.flush()
+        os._exit(error.exit_code)  # The object store's threads do not survive the end of the interpreter.
     handoff.leave(how)
 
 
@@ -72,19 +76,27 @@ async def _serve(settings: AgentSettings, handoff: Handoff) -> Leave:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, orders.put_nowait, Leave.STOP)
 
+    def reads() -> dict[ImageId, int]:
+        return {
+            node.image_id: files.read_bytes(node) for node in state.nodes() if node.handles and not node.materialized
+        }
+
     async with contextlib.AsyncExitStack() as stack:
-        origin = Origin.open(settings.origin)
-        state = _mount_state(settings, handoff)
-        cache = ChunkCache(settings.state_dir, settings.cache_bytes)
-        stack.callback(cache.close)
-        await asyncio.to_thread(cache.recover)
-        decoded = DecodedChunks(settings.decoded_bytes)
-        source = OriginSource(origin)
-        fetcher = Fetcher(source, cache, decoded)
-        stall = Stall(time.monotonic)
-        stack.push_async_callback(fetcher.close)
-        catalogue = Catalogue(origin, settings.state_dir, settings.lookup_timeout_s)
-        materialized = MaterializedImages(settings.materialized_dir, fetcher.read)
+        with _explained(settings):
+            key = _cluster_key(settings, handoff)
+            origin = Origin.open(settings.origin, token=key and key.token)
+            state = _mount_state(settings, handoff)
+            cache = ChunkCache(settings.state_dir, settings.cache_bytes)
+            stack.callback(cache.close)
+            await asyncio.to_thread(cache.recover)
+            decoded = DecodedChunks(settings.decoded_bytes)
+            origin_source = OriginSource(origin)
+            peers = None if key is None or settings.tracker is None else Peers(settings, key, origin_source, reads)
+            fetcher = Fetcher(peers.source if peers else origin_source, cache, decoded)
+            stall = Stall(time.monotonic)
+            stack.push_async_callback(fetcher.close)
+            catalogue = Catalogue(origin, settings.state_dir, settings.lookup_timeout_s)
+            materialized = MaterializedImages(settings.materialized_dir, fetcher.read)
 
         def open_image(node: Node, manifest: Manifest) -> OnDemandImage:
             number = node.number
@@ -94,15 +106,24 @@ async def _serve(settings: AgentSettings, handoff: Handoff) -> Leave:
 
             return OnDemandImage(manifest, fetcher, push, stall)
 
-        files = ImageFileSystem(catalogue, materialized, state, open_image, LocalImage)
+        swarms = peers.membership if peers else None
+        files = ImageFileSystem(catalogue, materialized, state, open_image, LocalImage, swarms)
         session = Session(handoff.fuse_fd, handoff.negotiated, files, loop)
         if handoff.negotiated.passthrough:
             files.backing = session
         pusher = Pusher(session.notify_store, handoff.fuse_fd)
         stack.callback(pusher.stop)
+        if peers is not None:
+            stack.push_async_callback(peers.close)
+            await peers.open(fetcher, cache, catalogue, needed=handoff.cause is Cause.START)
+
+        def swarm_status() -> dict[str, Any] | None:
+            return peers.status() if peers else None
+
         status = Status(
-            settings, handoff, state, files, catalogue, materialized, cache, decoded, fetcher, source, pusher, stall
-        )
+            settings, handoff, state, files, catalogue, materialized, cache, decoded, fetcher, origin_source, pusher,
+            stall, swarm_status,
+        )  # fmt: skip
         operations = Operations(handoff, catalogue, materialized, state, status.snapshot, orders.put_nowait)
 
         prepare_worker_memory()
@@ -115,6 +136,8 @@ async def _serve(settings: AgentSettings, handoff: Handoff) -> Leave:
         how = await _told_to_leave(session, orders)
         log.info("event=leaving how=%s", how.name.lower())
         if how is Leave.STOP:
+            if peers is not None:
+                await peers.membership.leave_all()
             for promise in (settings.socket, settings.mount_state_file):
                 promise.unlink(missing_ok=True)
     return how
@@ -135,6 +158,30 @@ async def _told_to_leave(session: Session, orders: "asyncio.Queue[Leave]") -> Le
         # This kernel would never send again what we leave unanswered: rather an old worker than a guest that hangs.
         log.error("event=handover_refused unanswered=%d reason=%s", left, "reads wait for the origin")
         session.start()
+
+
+def _cluster_key(settings: AgentSettings, handoff: Handoff) -> ClusterKey | None:
+    if settings.cluster_key is None:
+        return None
+    try:
+        return ClusterKey.load(settings.cluster_key)
+    except VMThunderError as error:
+        if handoff.cause is Cause.START:
+            raise
+        # Guests depend on us: cached chunks and local copies are served without it.
+        log.critical("event=cluster_key_lost reason=%s", error)
+        return None
+
+
+@contextlib.contextmanager
+def _explained(settings: AgentSettings) -> Iterator[None]:
+    """A directory that cannot be used is an operator's business, not a bug."""
+    try:
+        yield
+    except OSError as error:
+        kind = NoSpace if error.errno in {errno.ENOSPC, errno.EDQUOT} else Failure
+        place = error.filename or settings.state_dir
+        raise kind(f"the agent cannot use {place}: {error.strerror}") from None
 
 
 def _mount_state(settings: AgentSettings, handoff: Handoff) -> MountState:

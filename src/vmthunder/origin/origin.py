@@ -82,10 +82,10 @@ class Origin:
         """Of a directory origin."""
 
     @classmethod
-    def open(cls, url: str, *, create: bool = False) -> "Origin":
+    def open(cls, url: str, *, create: bool = False, token: str | None = None) -> "Origin":
         """The origin at a directory, `file://…`, `http(s)://…` or `s3://bucket/prefix` (credentials from AWS_* variables).
 
-        Nothing is asked yet, but a directory must be there, or is made with `create`.
+        Nothing is asked yet, but a directory must be there, or is made with `create`. HTTP requests carry `token`.
 
         Raises:
             Usage: not an origin's URL.
@@ -95,8 +95,11 @@ class Origin:
         scheme = urlsplit(url).scheme
         with _errors(url):
             if scheme in ("http", "https"):
+                client = (
+                    _CLIENT if token is None else _CLIENT | {"default_headers": {"Authorization": f"Bearer {token}"}}
+                )
                 return cls(
-                    url, HTTPStore.from_url(url.rstrip("/") + "/", client_options=_CLIENT, retry_config=_RETRY), None
+                    url, HTTPStore.from_url(url.rstrip("/") + "/", client_options=client, retry_config=_RETRY), None
                 )
             if scheme == "s3":
                 return cls(url, S3Store.from_url(url, client_options=_CLIENT, retry_config=_RETRY), None)
@@ -297,6 +300,8 @@ def _translated(error: BaseError | OSError, url: str, missing: str | None) -> VM
         return NotFound(missing or f"no such object at {url}")
     if isinstance(error, AlreadyExistsError | FileExistsError):
         return Conflict(f"the object exists already at {url}")
+    if isinstance(error, UnauthenticatedError) and urlsplit(url).scheme in ("http", "https"):
+        return NotPermitted(f"{url} wants the cluster key of that server; give it with --cluster-key")
     if (
         isinstance(error, PermissionDeniedError | UnauthenticatedError | PermissionError)
         or number == errno.EROFS

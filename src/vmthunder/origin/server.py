@@ -60,9 +60,9 @@ async def serve(app: web.Application, host: str, port: int) -> tuple[web.AppRunn
         NotPermitted: the port may not be used.
         Usage: no such address on this machine.
     """
-    runner = web.AppRunner(app, access_log=None, handle_signals=False, shutdown_timeout=1.0)
+    runner = web.AppRunner(app, access_log=None, handle_signals=False, shutdown_timeout=1.0, handler_cancellation=True)
     await runner.setup()
-    site = web.TCPSite(runner, host, port)
+    site = web.TCPSite(runner, host, port, backlog=1024)
     try:
         await site.start()
     except OSError as error:

@@ -30,18 +30,19 @@ class Address(Protocol):
 class Pool:
     """The links of one node."""
 
-    def __init__(self, key: bytes, node: NodeId, answerer: Answerer) -> None:
+    def __init__(self, key: bytes, node: NodeId) -> None:
         """`key` is from `key.cluster_key`."""
         self._key = key
         self._node = node
-        self._answerer = answerer
+        self._answerer: Answerer | None = None
         self._links: dict[NodeId, Link] = {}
         self._dials: dict[NodeId, asyncio.Task[Link]] = {}
         self._server: asyncio.Server | None = None
 
-    async def listen(self, host: str, port: int) -> int:
-        """Accept peers; returns the real port. Raises OSError."""
-        self._server = await listen(host, port, self._key, self._node, self._answerer, self._adopt)
+    async def open(self, host: str, port: int, answerer: Answerer) -> int:
+        """Accept peers, and answer those we reach too; returns the real port. Call first. Raises OSError."""
+        self._answerer = answerer
+        self._server = await listen(host, port, self._key, self._node, answerer, self._adopt)
         real_port: int = self._server.sockets[0].getsockname()[1]
         return real_port
 
@@ -85,6 +86,7 @@ class Pool:
         await asyncio.gather(*self._dials.values(), return_exceptions=True)
 
     async def _dial(self, peer: Address) -> Link:
+        assert self._answerer is not None
         link = await dial(peer.host, peer.port, self._key, self._node, self._answerer, timeout_s=DIAL_S)
         self._adopt(link)
         return link

@@ -15,7 +15,7 @@ from typing import Final, NamedTuple, TypeVar
 from vmthunder.image.chunk import Encoded, encode, is_zero
 from vmthunder.publishing.source import Source
 
-SPAN_BYTES: Final = 1 << 20
+SPAN_BYTES: Final = 512 << 10
 """What one thread reads and encodes at a time."""
 STALL_S: Final = 120.0
 """A source that does not answer for so long is given up, if it can be."""

@@ -9,6 +9,7 @@ import os
 import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import Final
 
 from vmthunder.errors import Corrupt, NotFound
 from vmthunder.ids import ImageId, ImageName, digest
@@ -22,6 +23,9 @@ from vmthunder.publishing.download import Watch
 from vmthunder.publishing.encoding import encode_source
 from vmthunder.publishing.packing import Occurrence, PackWriter
 from vmthunder.publishing.source import Source
+
+MAX_THREADS: Final = 32
+"""Unless told otherwise: what is done for each chunk under the interpreter's lock leaves no work for more."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,7 @@ async def publish(
         origin: must be writable.
         chunk_bytes: a power of two.
         level: of zstd.
-        threads: that read and encode; one for each CPU we may use if None.
+        threads: that read and encode; None: one for each CPU, up to MAX_THREADS.
         watch: called with bytes of the source done and in all.
 
     Raises:
@@ -70,7 +74,7 @@ async def publish(
     began_s = time.monotonic()
     check_chunk_bytes(chunk_bytes)
     builder = ManifestBuilder(source.virtual_bytes, chunk_bytes)
-    threads = threads or len(os.sched_getaffinity(0))
+    threads = threads or min(len(os.sched_getaffinity(0)), MAX_THREADS)
     allocated_bytes = new_bytes = encoded_bytes = 0
     async with publish_lease(origin) as lease, KnownChunks.refreshed(origin) as known:
         packs = PackWriter(origin, known)

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from vmthunder.errors import Failure, MissingTool, VMThunderError
+from vmthunder.errors import Failure, MissingTool, NotPermitted, VMThunderError
 from vmthunder.publishing.formats import DiskFormat, explain
 
 START_TIMEOUT_S: Final = 30.0
@@ -66,7 +66,10 @@ def exported(
     if alone and disk in (DiskFormat.QCOW2, DiskFormat.VMDK):
         node["backing"] = None  # whatever its header says
     with contextlib.ExitStack() as cleanup:
-        complaints = cleanup.enter_context(tempfile.TemporaryFile())
+        try:
+            complaints = cleanup.enter_context(tempfile.TemporaryFile())
+        except OSError as error:
+            raise NotPermitted(f"{label} needs a temporary directory: {error.strerror}; set TMPDIR") from None
         with tempfile.TemporaryDirectory(prefix="vmthunder-publish-") as directory:
             mountpoint = Path(directory, "disk")
             mountpoint.touch()

@@ -10,33 +10,26 @@ import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final
 
 from vmthunder.errors import Conflict, Failure, NotFound, NotPermitted, Usage, VMThunderError
 from vmthunder.publishing.download import Watch, downloaded
 from vmthunder.publishing.formats import DiskFormat, fixed_vhd_bytes, parts, refuse_references, refuse_written, sniff
-from vmthunder.publishing.qemu_export import exported
-
-
-class Daemon(Protocol):
-    """What stands behind a file that is not on a disk."""
-
-    def abort(self) -> None: ...
-    def failure(self) -> VMThunderError | None: ...
+from vmthunder.publishing.qemu_export import Export, exported
 
 
 class Source:
     """An open disk image that reads as the raw disk."""
 
     def __init__(
-        self, label: str, fd: int, virtual_bytes: int, witnesses: "list[Witness]", daemon: Daemon | None = None
+        self, label: str, fd: int, virtual_bytes: int, witnesses: "list[Witness]", export: Export | None = None
     ) -> None:
         """Use `open_source`."""
         self.label: Final = label
         self.virtual_bytes: Final = virtual_bytes
         self._fd = fd
         self._witnesses = witnesses
-        self._daemon = daemon
+        self._export = export
         if virtual_bytes == 0:
             raise Usage(f"{label} is empty; there is nothing to publish")
 
@@ -82,8 +75,8 @@ class Source:
 
     def abort(self) -> None:
         """End reads that hang, where a daemon of ours is what they wait for; reads fail then. From any thread."""
-        if self._daemon is not None:
-            self._daemon.abort()
+        if self._export is not None:
+            self._export.abort()
 
     def check_unchanged(self) -> None:
         """Raises Conflict if a file of the source was written, replaced or removed since it was opened."""
@@ -91,7 +84,7 @@ class Source:
             witness.check(self.label)
 
     def _unreadable(self, error: OSError, offset: int) -> VMThunderError:
-        reason = self._daemon.failure() if self._daemon is not None else None
+        reason = self._export.failure() if self._export is not None else None
         return reason or Failure(f"{self.label} cannot be read at byte {offset}: {error.strerror}")
 
 

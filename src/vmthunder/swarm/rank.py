@@ -23,8 +23,8 @@ ENOUGH: Final = 8
 """Answers that must be known before they count."""
 HEDGE_SHARE: Final = 0.05
 """Of the bytes that were delivered, so many may be asked for a second time."""
-HEDGE_BURST_BYTES: Final = 512 << 10
-"""Saved up at most, and there from the start: 8 chunks of 64 KiB."""
+HEDGE_BURST_BYTES: Final = 256 << 10
+"""Saved up at most. Nothing is there from the start: nodes that boot together are slow together."""
 HEDGE_LEAST_S: Final = 0.02
 """Less is the noise of a busy machine."""
 HEDGE_UNKNOWN_S: Final = 0.5
@@ -76,7 +76,7 @@ class Ranking:
         self._records: dict[Source, _Record] = {}
         self._all = _Latencies()
         self._banned: set[NodeId] = set()
-        self._hedge_bytes = float(HEDGE_BURST_BYTES)
+        self._hedge_bytes = 0.0
 
     @property
     def banned(self) -> frozenset[NodeId]:

@@ -1,14 +1,15 @@
 """The tracker's state: who is in the swarm of which image. [pure]
 
 A state machine of (event, now) → answers. Events are its methods; `now` is any clock that does not go back, in seconds.
-It waits for nothing: a poll that has nothing to hear is parked under a number that the caller chose, and later returned
-by `tick` with what to answer. The caller calls `tick` when `due()` has come, and after every event. No threads.
+It waits for nothing: who must wait is parked under a number that the caller chose, and later returned by `tick` with
+what to answer. The caller calls `tick` when `due()` has come, and after every event. No threads.
 
 Soft state only. After a restart every node's poll is answered with "unknown", it announces itself again, and the first
 to do so brings the view that it went on with: so all keep their seats, and those that do not come back expire.
 
-Changes are told together, `SETTLE_S` after the first that was not told: 160 nodes that join at once make a few updates
-of many changes and not 160 of one.
+Changes are told together, `SETTLE_S` after the first that was not told, to those who come as to those who are there:
+160 nodes that join at once make a few updates of many changes and not 160 of one, and nobody begins with a view in
+which those are missing that came in the same moment.
 """
 
 import heapq
@@ -41,10 +42,11 @@ GRACE_S: Final = 3.0
 SETTLE_S: Final = 0.1
 MAX_CHANGES: Final = 4096
 """That are remembered per swarm. Who knows an older view gets a snapshot."""
+_NOBODY: Final = NodeId(b"")
 
 
 class Wake(NamedTuple):
-    """An instruction: answer a parked poll. No updates: a newer poll of the same node took its place."""
+    """An instruction: answer who is parked. No updates: a newer poll of the same node took its place."""
 
     waiter: int
     updates: list[tuple[ImageId, Update | None]]
@@ -62,32 +64,40 @@ class _Node:
 
 
 class _Swarm:
-    __slots__ = ("base", "changes", "roster", "snapshot", "tell_at")
+    __slots__ = ("base", "changes", "joining", "roster", "snapshot", "tell_at")
 
     def __init__(self, roster: Roster) -> None:
         self.roster = roster
         self.base = roster.version.epoch  # deltas can begin here or later
         self.changes: deque[tuple[int, Change]] = deque()  # with the epoch that each led to
         self.snapshot: Snapshot | None = None  # of the present epoch, once it was asked for
-        self.tell_at: float | None = None  # when parked polls hear of changes; None if they know all
+        self.tell_at: float | None = None  # when who is parked hears of changes; None if all know all
+        self.joining: list[int] = []  # waiters that hear the whole view then
 
 
 class Tracker:
     """Who is in the swarm of which image."""
 
     def __init__(self, term: int, *, stripes: int = DEFAULT_STRIPES, fanout: int = DEFAULT_FANOUT) -> None:
-        """`term` is a random number from 1 to `view.MAX_TERM`: it tells one run of the tracker from the next."""
+        """`term` is a random number from 1 to `view.MAX_TERM`: it tells one run of the tracker from the next.
+
+        Raises:
+            Usage: stripes or fan-out make no tree.
+        """
         self._term = term
+        Roster(stripes, fanout)
         self._shape = stripes, fanout
         self._epoch = 0
         self._nodes: dict[NodeId, _Node] = {}
         self._swarms: dict[ImageId, _Swarm] = {}
         self._waiters: dict[int, NodeId] = {}
-        self._replaced: list[Wake] = []
+        self._wakes: list[Wake] = []  # that do not wait for their swarm to settle
         self._expiries: list[tuple[float, NodeId]] = []  # heap, see `_Node.looked_at`
 
-    def join(self, join: Join, now: float) -> Snapshot:
+    def join(self, join: Join, waiter: int, now: float) -> Snapshot | None:
         """A node announces itself, the first time or again; it is seated at once.
+
+        The whole view; None until the swarm has settled: then `tick` returns `waiter` with it.
 
         Raises:
             Conflict: the swarm is full.
@@ -101,7 +111,11 @@ class Tracker:
                 raise Conflict(f"the swarm of image {join.swarm.hex()} has {MAX_MEMBERS} members, and no room for more")
             self._change(swarm, Joined(member), now)
         self._heard(member.node, now + LEASE_S).swarms.add(join.swarm)
-        return self._snapshot(swarm)
+        if swarm.tell_at is None:
+            return self._snapshot(swarm)
+        swarm.joining.append(waiter)
+        self._waiters[waiter] = member.node
+        return None
 
     def leave(self, leave: Leave, now: float) -> None:
         """A node uses an image no longer."""
@@ -121,7 +135,7 @@ class Tracker:
             return [(swarm, None) for swarm in poll.versions]
         self._heard(poll.node, now + LEASE_S)
         if node.waiter is not None:
-            self._replaced.append(Wake(node.waiter, []))
+            self._wakes.append(Wake(node.waiter, []))
             del self._waiters[node.waiter]
             node.waiter = None
         node.polled = poll.versions
@@ -138,19 +152,16 @@ class Tracker:
 
     def forget(self, waiter: int) -> None:
         """A parked poll was given up in good order: its time was over."""
-        node = self._waiters.pop(waiter, None)
-        if node is not None:
-            self._nodes[node].waiter = None
+        self._release(waiter)
 
     def hung_up(self, waiter: int, now: float) -> None:
-        """The connection of a parked poll broke: unless the node polls again soon, it is gone."""
-        node = self._waiters.get(waiter)
-        self.forget(waiter)
+        """The connection of who is parked broke: unless the node is heard of again soon, it is gone."""
+        node_id, node = self._release(waiter)
         if node is not None:
-            self._heard(node, min(self._nodes[node].deadline, now + GRACE_S))
+            self._heard(node_id, min(node.deadline, now + GRACE_S))
 
     def tick(self, now: float) -> list[Wake]:
-        """Let time pass: expire nodes, and answer those polls that have something to hear."""
+        """Let time pass: expire nodes, and answer those who have something to hear."""
         while self._expiries and self._expiries[0][0] <= now:
             at, node_id = heapq.heappop(self._expiries)
             node = self._nodes.get(node_id)
@@ -160,27 +171,31 @@ class Tracker:
                 self._look_at(node_id, node)
             else:
                 self._expire(node_id, node, now)
-        wakes, self._replaced = self._replaced, []
-        for swarm in self._swarms.values():
+        wakes, self._wakes = self._wakes, []
+        for image, swarm in self._swarms.items():
             if swarm.tell_at is None or swarm.tell_at > now:
                 continue
             swarm.tell_at = None
+            for waiter in swarm.joining:
+                if self._waiters.pop(waiter, None) is not None:
+                    wakes.append(Wake(waiter, [(image, self._snapshot(swarm))]))
+            swarm.joining.clear()
             for member in swarm.roster.members:
                 node = self._nodes[member]
                 if node.waiter is not None and (updates := self._updates(node, set())):
                     wakes.append(Wake(node.waiter, updates))
-                    self.forget(node.waiter)
+                    self._release(node.waiter)
         return wakes
 
     def due(self) -> float | None:
         """When `tick` has something to do, if no event comes before; None for never."""
         times = [swarm.tell_at for swarm in self._swarms.values() if swarm.tell_at is not None]
         times += [time for time, _ in self._expiries[:1]]
-        return -float("inf") if self._replaced else min(times, default=None)
+        return -float("inf") if self._wakes else min(times, default=None)
 
-    def swarms(self) -> dict[ImageId, list[tuple[str, list[NodeId]]]]:
-        """Who is where, for an operator: members by rack, in the order of their seats."""
-        return {image: list(swarm.roster.topology.racks()) for image, swarm in self._swarms.items()}
+    def views(self) -> dict[ImageId, Snapshot]:
+        """Who is where now, settled or not."""
+        return {image: self._snapshot(swarm) for image, swarm in self._swarms.items()}
 
     def _found(self, join: Join, now: float) -> _Swarm:
         """Begin a swarm; with the seats that it had, if the tracker was away and a member remembers them."""
@@ -194,6 +209,14 @@ class Tracker:
         roster.version = Version(self._term, self._epoch)
         swarm = self._swarms[join.swarm] = _Swarm(roster)
         return swarm
+
+    def _release(self, waiter: int) -> tuple[NodeId, _Node | None]:
+        """Take who is parked out of it; the node, if there still is one."""
+        node_id = self._waiters.pop(waiter, _NOBODY)
+        node = self._nodes.get(node_id)
+        if node is not None and node.waiter == waiter:
+            node.waiter = None
+        return node_id, node
 
     def _heard(self, node_id: NodeId, deadline: float) -> _Node:
         node = self._nodes.get(node_id)
@@ -211,7 +234,7 @@ class Tracker:
 
     def _expire(self, node_id: NodeId, node: _Node, now: float) -> None:
         if node.waiter is not None:
-            self._replaced.append(Wake(node.waiter, [(swarm, None) for swarm in node.polled]))
+            self._wakes.append(Wake(node.waiter, [(swarm, None) for swarm in node.polled]))
             del self._waiters[node.waiter]
         del self._nodes[node_id]
         for swarm in node.swarms:
@@ -221,6 +244,9 @@ class Tracker:
         swarm = self._swarms[image]
         self._change(swarm, Left(node_id), now)
         if not swarm.roster.members:
+            for waiter in swarm.joining:  # who came and went while the swarm settled
+                if self._waiters.pop(waiter, None) is not None:
+                    self._wakes.append(Wake(waiter, [(image, None)]))
             del self._swarms[image]
 
     def _change(self, swarm: _Swarm, change: Change, now: float) -> None:

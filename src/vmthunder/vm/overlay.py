@@ -4,7 +4,6 @@ import subprocess
 from pathlib import Path
 
 from vmthunder.errors import Failure, MissingTool, NoSpace, Usage
-from vmthunder.ids import is_hex_digest
 
 SECTOR_BYTES = 512
 
@@ -26,22 +25,11 @@ def create_overlay(overlay: Path, image: Path | str, size_bytes: int) -> None:
     Raises:
         MissingTool, NoSpace, Failure.
     """
-    command = [
-        "qemu-img",
-        "create",
-        "-q",
-        "-u",
-        "-f",
-        "qcow2",
-        "-F",
-        "raw",
-        "-b",
-        str(image),
-        str(overlay),
-        str(size_bytes),
-    ]
+    command = ["qemu-img", "create", "-q", "-u", "-f", "qcow2", "-F", "raw", "-b", str(image), str(overlay)]
     try:
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [*command, str(size_bytes)], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+        )
     except FileNotFoundError:
         raise MissingTool("qemu-img is not installed; `make setup` installs what is missing") from None
     if done.returncode:
@@ -49,8 +37,3 @@ def create_overlay(overlay: Path, image: Path | str, size_bytes: int) -> None:
         if "No space left" in reason:
             raise NoSpace(f"no space left for {overlay}")
         raise Failure(f"qemu-img cannot make {overlay}: {reason}")
-
-
-def is_immutable(image: Path) -> bool:
-    """Whether `image` is named by an image id, so that its bytes never change under an overlay."""
-    return is_hex_digest(image.stem)
