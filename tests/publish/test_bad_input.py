@@ -98,7 +98,13 @@ def test_a_missing_backing_file_is_one_line(tmp_path: Path, origin: Path, run_cl
 def test_an_encrypted_disk_is_one_line(tmp_path: Path, origin: Path, run_cli: RunCli) -> None:
     secret = ("--object", "secret,id=key,data=hush")
     options = ("-o", "encrypt.format=luks,encrypt.key-secret=key,encrypt.iter-time=10")
-    qemu_img("create", *secret, "-f", "qcow2", *options, tmp_path / "disk", "1M")
+    # qemu-img times its own key derivation, and on a busy machine now and then finds that it cannot.
+    for attempt in range(20):
+        try:
+            qemu_img("create", *secret, "-f", "qcow2", *options, tmp_path / "disk", "1M")
+            break
+        except subprocess.CalledProcessError:
+            assert attempt < 19
     done = run_cli("publish", tmp_path / "disk", "it", "--origin", origin)
     assert done.returncode == 2, done.stderr
     assert "encrypted" in one_line(done.stderr)
@@ -123,8 +129,10 @@ def test_memory_does_not_grow_with_the_disk(tmp_path: Path, origin: Path) -> Non
             file.write(os.urandom(4 * MIB))
             file.seek(3 * number * MIB, os.SEEK_CUR)
     command = (sys.executable, "-m", "vmthunder", "publish", disk, "it", "--origin", origin)
-    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    assert process.returncode == 0
-    assert usage.ru_maxrss < 300 * 1024
+    # A process begins with the peak of the one that forked it, and pytest's own may be larger than what is allowed here.
+    small = "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL); "
+    small += "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
+    done = subprocess.run(
+        (sys.executable, "-c", small, *command), capture_output=True, text=True, timeout=120, check=True
+    )
+    assert int(done.stdout) < 300 * 1024
