@@ -190,4 +190,3 @@ def json_object(body: bytes) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise Usage("the request is to be a JSON object")
     return value
-

@@ -15,20 +15,19 @@ there. Belongs to the event loop.
 import asyncio
 import base64
 import contextlib
+import errno
 import json
 import math
 import os
 import re
-import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import IO, Any, Final
+from typing import Any, Final
 
-from vmthunder.errors import NotFound, Usage
-from vmthunder.node.control import error_of
-from vmthunder.node.exchange import Exchange, json_object
-from vmthunder.node.settings import AgentSettings
+from vmthunder.errors import Conflict, NotFound, NotPermitted, Usage
+from vmthunder.node.command import Command
+from vmthunder.node.exchange import Exchange, json_object, serve
+from vmthunder.node.settings import AgentSettings, parse_address
+from vmthunder.swarm.key import ClusterKey
 
 MAX_BOOTS: Final = 16
 """At a time; others wait for their turn."""
@@ -64,6 +63,27 @@ FILES: Final = ("user_data", "ssh_key")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]{0,62}", re.ASCII)
 
 
+async def listen(
+    settings: AgentSettings, key: ClusterKey, status: Callable[[], dict[str, Any]]
+) -> tuple[asyncio.Server, int]:
+    """Answer other machines; returns the real port.
+
+    Raises:
+        Conflict, NotPermitted, Usage: this address cannot be listened at.
+    """
+    assert settings.control_listen is not None
+    host, port = parse_address(settings.control_listen, "--control-listen")
+    try:
+        server = await serve(host, port, key.token, RemoteControl(settings, status).handle)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise Conflict(f"port {port} of {host} is in use; choose another with --control-listen") from None
+        if error.errno == errno.EACCES:
+            raise NotPermitted(f"port {port} of {host} needs root") from None
+        raise Usage(f"cannot listen for orders at {host}:{port}: {error.strerror or error}") from None
+    return server, server.sockets[0].getsockname()[1]
+
+
 class RemoteControl:
     """The routes."""
 
@@ -93,7 +113,8 @@ class RemoteControl:
     async def _run(self, *arguments: str) -> Any:
         """The JSON that a short command prints."""
         async with self._commands:
-            command = await _Command.start([arguments[0], "--json", *self._vms, *arguments[1:]])
+            command = Command([arguments[0], "--json", *self._vms, *arguments[1:]])
+            await command.listen()
             printed, said = await asyncio.gather(command.output.read(), command.errors.read())
             return await command.result(printed, said)
 
@@ -123,7 +144,7 @@ class _Boot:
     def __init__(self, exchange: Exchange, status: Callable[[], dict[str, Any]]) -> None:
         self._exchange = exchange
         self._status = status
-        self._command: _Command | None = None
+        self._command: Command | None = None
         self._step = "queued"
         self._moved = asyncio.Event()
 
@@ -131,7 +152,8 @@ class _Boot:
         """The report. Raises what the command says."""
         async with slots:
             self._enter("launch")
-            command = self._command = await _Command.start(["boot", "--json", "--progress", *arguments], files)
+            command = self._command = Command(["boot", "--json", "--progress", *arguments], files)
+            await command.listen()
             said = b""
             async for line in command.errors:
                 step = _step_of(line)
@@ -168,60 +190,6 @@ class _Boot:
     def _enter(self, step: str) -> None:
         self._step = step
         self._moved.set()
-
-
-class _Command:
-    """A command of ours in a process of its own. Not one of asyncio's, whose end takes the process along."""
-
-    def __init__(self, process: "subprocess.Popen[bytes]") -> None:
-        self._process = process
-        self.output = asyncio.StreamReader()
-        self.errors = asyncio.StreamReader()
-
-    @classmethod
-    async def start(cls, arguments: Sequence[str], files: Sequence[int] = ()) -> "_Command":
-        # Variables of ours are options of commands, and some are the worker's own.
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("VMTHUNDER_")}
-        process = subprocess.Popen(
-            [sys.executable, "-m", "vmthunder", *arguments],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            pass_fds=files,
-            env=environment,
-            start_new_session=True,
-        )
-        command = cls(process)
-        await _connect(command.output, process.stdout)
-        await _connect(command.errors, process.stderr)
-        return command
-
-    def interrupt(self) -> None:
-        self._process.send_signal(signal.SIGINT)
-
-    def kill(self) -> None:
-        self._process.kill()
-
-    async def result(self, printed: bytes, said: bytes) -> Any:
-        """Wait for the end; the JSON on its output. Raises the VMThunderError that it ended with."""
-        ended = asyncio.Event()
-        pidfd = os.pidfd_open(self._process.pid)
-        loop = asyncio.get_running_loop()
-        try:
-            loop.add_reader(pidfd, ended.set)
-            await ended.wait()
-        finally:
-            loop.remove_reader(pidfd)
-            os.close(pidfd)
-        status = self._process.wait()
-        if status:
-            message = said.decode(errors="replace").strip().removeprefix("vmthunder: ")
-            raise error_of(status, message or f"a command of this node ended with status {status}")
-        return json.loads(printed)
-
-
-async def _connect(stream: asyncio.StreamReader, pipe: IO[bytes] | None) -> None:
-    await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(stream), pipe)
 
 
 def _step_of(line: bytes) -> str | None:

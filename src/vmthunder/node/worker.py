@@ -36,6 +36,7 @@ from vmthunder.node.mountstate import MountState, Node
 from vmthunder.node.operations import Operations
 from vmthunder.node.peers import Peers
 from vmthunder.node.pusher import Pusher
+from vmthunder.node.remote import listen
 from vmthunder.node.settings import AgentSettings
 from vmthunder.node.source import OriginSource
 from vmthunder.node.stall import Stall
@@ -131,6 +132,11 @@ async def _serve(settings: AgentSettings, handoff: Handoff) -> Leave:
         stack.push_async_callback(session.close)
         server = await control.serve(settings.socket, operations.handlers())
         stack.callback(server.close)
+        if peers is not None and key is not None and settings.control_listen is not None:
+            with _forgiven(unless=handoff.cause is Cause.START):
+                remote, port = await listen(settings, key, status.snapshot)
+                stack.callback(remote.close)
+                peers.membership.announce(port)
         handoff.ready()
         log.info("event=serving mount=%s origin=%s cause=%s", settings.mount, settings.origin, handoff.cause)
         how = await _told_to_leave(session, orders)
@@ -171,6 +177,17 @@ def _cluster_key(settings: AgentSettings, handoff: Handoff) -> ClusterKey | None
         # Guests depend on us: cached chunks and local copies are served without it.
         log.critical("event=cluster_key_lost reason=%s", error)
         return None
+
+
+@contextlib.contextmanager
+def _forgiven(*, unless: bool) -> Iterator[None]:
+    """What other machines ask of us can wait; guests cannot."""
+    try:
+        yield
+    except VMThunderError as error:
+        if unless:
+            raise
+        log.critical("event=no_remote_control reason=%s", error)
 
 
 @contextlib.contextmanager

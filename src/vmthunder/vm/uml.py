@@ -98,11 +98,11 @@ def _one_at_a_time() -> Iterator[None]:
 def _pin(pid: int) -> None:
     """To the CPU with the fewest guests of this kind, whoever on this host has started them."""
     guests: Counter[int] = Counter()
-    for entry in filter(str.isdigit, os.listdir("/proc")):
-        other = int(entry)
+    for entry in Path("/proc").glob("[1-9]*"):
+        other = int(entry.name)
         try:
             # A guest's first process leads a session; the others are one for each process in the guest.
-            if os.getsid(other) == other and Path(f"/proc/{entry}/comm").read_text().rstrip() in PROGRAMS:
+            if os.getsid(other) == other and (entry / "comm").read_text().rstrip() in PROGRAMS:
                 cpus = os.sched_getaffinity(other)
                 guests.update(cpus if len(cpus) == 1 else ())
         except OSError:
