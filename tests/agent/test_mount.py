@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from agents import Lab, disk_bytes, errno_of, eventually, finish, output_of, python, same, sha256
+from vmthunder.vm.backing import BackingImage
 
 SIZE_BYTES = (9 << 20) + 12345
 
@@ -72,6 +73,13 @@ def test_an_image_is_also_there_under_its_id(lab: Lab) -> None:
         "print(*{os.stat(path).st_ino for path in sys.argv[1:]})", agent.path("debian-12"), resolved["path"]
     )
     assert len(inodes.split()) == 1, "both names must share one page cache"
+
+
+def test_a_machine_of_an_id_that_has_no_name_here_is_called_by_it(lab: Lab) -> None:
+    lab.publish("debian-12", b"x")
+    (manifest,) = (lab.origin / "manifests").iterdir()
+    image = BackingImage.resolve(lab.agent().client, manifest.name)
+    assert (image.name, image.image_id) == (manifest.name, manifest.name)
 
 
 def test_publishing_a_name_again_changes_no_byte_of_what_is_open(lab: Lab) -> None:

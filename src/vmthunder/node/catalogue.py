@@ -104,7 +104,7 @@ class Catalogue:
                 return await self._manifest(image, _WORTH_A_WAIT)
         except TimeoutError:
             raise OriginUnavailable(
-                f"nobody could say for {self._lookup_timeout_s:g} s what image {text} is: {self._last_failure}"
+                f"nobody could say for {self._lookup_timeout_s:g} s what image {text} is; last failure: {self._last_failure}"
             ) from None
 
     def name_of(self, image: ImageId) -> ImageName | None:

@@ -18,10 +18,15 @@ class BackingImage:
     virtual_bytes: int
 
     @classmethod
-    def resolve(cls, agent: AgentClient, name: str) -> "BackingImage":
-        """The version of an image that is current now. Raises what the agent does: AgentUnavailable, NotFound, …."""
-        found = agent.resolve(name)
-        return cls(found["name"], found["image_id"], Path(found["path"]), found["virtual_bytes"])
+    def resolve(cls, agent: AgentClient, image: str) -> "BackingImage":
+        """The image of that id, or the one that a name means now.
+
+        Raises what the agent does: AgentUnavailable, NotFound, ….
+        """
+        found = agent.resolve(image)
+        # This node may know an id that it never heard a name of.
+        name = found["name"] or found["image_id"]
+        return cls(name, found["image_id"], Path(found["path"]), found["virtual_bytes"])
 
 
 @dataclass(frozen=True, slots=True)
