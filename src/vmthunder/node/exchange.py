@@ -146,7 +146,8 @@ async def serve(host: str, port: int, token: str, handle: Handler) -> asyncio.Se
         nonlocal connections
         connections += 1
         try:
-            await _converse(Exchange(reader, writer), token, handle, full=connections > MAX_CONNECTIONS)
+            if connections <= 2 * MAX_CONNECTIONS:
+                await _converse(Exchange(reader, writer), token, handle, full=connections > MAX_CONNECTIONS)
         except (ConnectionError, TimeoutError, h11.ProtocolError) as error:
             log.debug("event=remote_connection_lost reason=%s", error)
         except _Refused as error:
@@ -161,10 +162,10 @@ async def serve(host: str, port: int, token: str, handle: Handler) -> asyncio.Se
 
 async def _converse(exchange: Exchange, token: str, handle: Handler, *, full: bool) -> None:
     try:
-        if full:
-            raise _Refused(HTTPStatus.SERVICE_UNAVAILABLE, "this node has too many connections; try again later")
         async with asyncio.timeout(REQUEST_S):
             await exchange.receive(token)
+        if full:  # said when the request was read: the kernel throws an answer away that comes before
+            raise _Refused(HTTPStatus.SERVICE_UNAVAILABLE, "this node has too many connections; try again later")
         await handle(exchange)
     except _Refused as error:
         await exchange.fail(str(error), error.exit_code, error.status)

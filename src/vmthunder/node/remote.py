@@ -231,9 +231,11 @@ def _option(option: str, kind: type, value: Any) -> list[str]:
         return [f"{option}={one}" for one in value]
     if kind is str:
         return [f"{option}={_text(option, value)}"]
-    if kind is bool and type(value) is bool:
+    if kind is bool and isinstance(value, bool):
         return [option] if value else []
-    if type(value) is int or (kind is float and isinstance(value, float) and math.isfinite(value)):
+    if (kind is not bool and type(value) is int) or (
+        kind is float and isinstance(value, float) and math.isfinite(value)
+    ):
         return [f"{option}={value}"]
     raise Usage(f"{option}: a {'truth value' if kind is bool else 'number'} is wanted")
 
