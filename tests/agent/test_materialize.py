@@ -29,6 +29,16 @@ def test_a_local_copy_is_read_without_the_worker(lab: Lab) -> None:
         os.kill(worker, signal.SIGCONT)
 
 
+def test_a_local_copy_that_is_open_is_read_on_after_the_agent_has_stopped(lab: Lab) -> None:
+    source = lab.publish("debian-12", disk_bytes(SIZE_BYTES))
+    agent = lab.agent()
+    agent.client.materialize("debian-12")
+    holder = lab.holder(agent.path("debian-12"))
+    assert "goes on reading" in run_vmthunder("agent", "--stop", "--run-dir", agent.run_dir)
+    agent.drop_page_cache()
+    assert finish([holder]) == [sha256(source)]
+
+
 def test_a_local_copy_has_holes_where_the_image_is_zero(lab: Lab) -> None:
     lab.publish("sparse", b"x" * 65536 + bytes(64 << 20) + b"y")
     agent = lab.agent()

@@ -213,6 +213,8 @@ def _print_stopped(report: dict[str, Any]) -> None:
     if still_open:
         names = ", ".join(image["name"] or image["image_id"] for image in still_open)
         console.print(f"it was in use: who had {names} open reads errors from now on")
+    if any(image["materialized"] for image in still_open) and report["kernel"]["passthrough"]:
+        console.print("but for those who opened a local copy: the kernel goes on reading it for them")
 
 
 @click.command()
