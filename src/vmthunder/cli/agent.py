@@ -88,7 +88,7 @@ def _client(run_dir: Path) -> AgentClient:
 @click.option(
     "--control-listen",
     default=DEFAULT_CONTROL_LISTEN,
-    help="ADDRESS:PORT for `vmthunder boot --count` and the like, from machines that have the cluster key.",
+    help="ADDRESS:PORT for `vmthunder boot --count` and the like, from machines that have the cluster key; or none.",
 )
 @click.option(
     "--advertise",
@@ -172,7 +172,7 @@ def agent(
             cluster_key=key_file,
             tracker=_tracker(origin, tracker, key_file) if p2p else None,
             peer_listen=peer_listen,
-            control_listen=control_listen,
+            control_listen=None if control_listen == "none" else control_listen,
             advertise=advertise,
             rack=rack,
             upload_limit_bytes_s=upload_limit,
