@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 
 import pytest
@@ -12,6 +13,7 @@ from agents import lab as lab
 from conftest import VMTHUNDER
 from vm.conftest import GuestDisk
 from vm.conftest import busybox as busybox
+from vmthunder.errors import VMThunderError
 from vmthunder.lab.cluster import Cluster, Host
 from vmthunder.vm.machine import Machines
 
@@ -64,12 +66,15 @@ class Fleet:
         return [Machines(agent.state_dir).names() for agent in self.agents]
 
     def clean_up(self) -> None:
-        for agent in self.agents:
-            machines = Machines(agent.state_dir)
-            for name in machines.names():
-                machines.destroy(name)
-            agent.clean_up()
-        self.cluster.remove()
+        try:
+            for agent in self.agents:
+                machines = Machines(agent.state_dir)
+                for name in machines.names():
+                    with suppress(VMThunderError):  # its boot, which a failed test left, may remove it just now
+                        machines.destroy(name)
+                agent.clean_up()
+        finally:
+            self.cluster.remove()
 
 
 @pytest.fixture
