@@ -143,7 +143,7 @@ async def clients(tracker_url: str, key: ClusterKey) -> AsyncIterator[list[NodeC
     async with aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(limit=0, force_close=True),
         timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S, sock_read=SILENT_S),
-        headers={"Authorization": f"Bearer {key.token}"},
+        headers={"Authorization": f"Bearer {key.orders_token}"},
         read_bufsize=MAX_LINE_BYTES,
     ) as session:
         yield [NodeClient(session, node) for node in nodes]

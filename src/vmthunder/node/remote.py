@@ -74,7 +74,7 @@ async def listen(
     assert settings.control_listen is not None
     host, port = parse_address(settings.control_listen, "--control-listen")
     try:
-        server = await serve(host, port, key.token, RemoteControl(settings, status).handle)
+        server = await serve(host, port, key.orders_token, RemoteControl(settings, status).handle)
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             raise Conflict(f"port {port} of {host} is in use; choose another with --control-listen") from None
