@@ -212,10 +212,11 @@ class Membership:
             if news is not None and news.done():
                 self._hear(news.result())
         finally:
-            for task in filter(None, (changed, news)):
+            tasks = [changed, *([news] if news else [])]
+            for task in tasks:
                 task.cancel()
-                with contextlib.suppress(asyncio.CancelledError, VMThunderError):
-                    await task
+            # Not under a `suppress`: a `close` that comes just here cancels us, and that must not be taken for theirs.
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _poll(self, versions: dict[ImageId, Version]) -> dict[ImageId, Update | None]:
         return await self._ask(self._client, "poll", encode_poll(Poll(self.node, versions)), POLL_TIMEOUT_S)
