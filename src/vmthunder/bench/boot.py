@@ -16,6 +16,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any, Final
 
+from vmthunder.bench.disk import empty_disk
 from vmthunder.bench.link import Link
 from vmthunder.bench.machine import facts
 from vmthunder.bench.namespaces import isolate
@@ -38,6 +39,7 @@ LOOPBACK: Final = "loopback"
 
 _IMAGE = "guest"
 _CACHE_BYTES = 4 << 30
+_DISK_BYTES = 16 << 30
 _BOOT_TIMEOUT_S = 300.0
 _BUILD_TIMEOUT_S = 900.0
 _BUILD_GUEST = Path(__file__).parents[3] / "scripts" / "build-guest"
@@ -81,13 +83,13 @@ Way = Callable[[], AbstractContextManager[Place]]
 """Makes the place of a boot: a node that must be cold is a new one each time."""
 
 
-def build_guest(work: Path) -> Path:
+def build_guest() -> Path:
     """The folder of the lean guest, which is built once per machine. Needs a checkout. Raises Usage, Failure."""
     if not _BUILD_GUEST.is_file():
         raise Usage("this installation has no scripts/build-guest; name a guest's folder with --guest")
-    log = work / "build-guest.log"
-    finish("build-guest", [str(_BUILD_GUEST), "--kind", "lean"], log, _BUILD_TIMEOUT_S)
-    return Path(json.loads(log.read_text().splitlines()[-1])["folder"])
+    with tempfile.NamedTemporaryFile("r", prefix="vmthunder-build-guest-") as log:
+        finish("build-guest", [str(_BUILD_GUEST), "--kind", "lean"], Path(log.name), _BUILD_TIMEOUT_S)
+        return Path(json.loads(log.read().splitlines()[-1])["folder"])
 
 
 def bench_boot(
@@ -100,11 +102,10 @@ def bench_boot(
     """
     if rounds < 1:
         raise Usage("at least one round is needed")
-    with tempfile.TemporaryDirectory(prefix="vmthunder-bench-") as directory, ExitStack() as stack:
-        work = Path(directory)
-        say("the guest is built, unless it was before")
-        disk = GuestDisk.load(guest or build_guest(work))  # before `isolate`: a build needs the network
-        isolate()
+    say("the guest is built, unless it was before")
+    disk = GuestDisk.load(guest or build_guest())  # before `isolate`: a build needs the network
+    isolate()
+    with empty_disk(None, _DISK_BYTES, say) as work, ExitStack() as stack:
         ways = _ways(work, disk, rates, chunk_sizes, stack, say)
         booter = _Booter(Machines(work / "machines"), disk)
         for name, way in ways.items():

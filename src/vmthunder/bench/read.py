@@ -13,6 +13,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any, Final
 
+from vmthunder.bench.disk import empty_disk
 from vmthunder.bench.machine import facts
 from vmthunder.bench.namespaces import isolate
 from vmthunder.bench.node import Node, compute_node, image_server, publish
@@ -32,6 +33,7 @@ QEMU_NBD: Final = "qemu-nbd + nbdfuse"
 
 MIN_SIZE_BYTES: Final = 16 << 20
 _IMAGE = "sample"
+_MIN_DISK_BYTES = 1 << 30
 _START_S = 10.0
 _RANDOM_READS = 16384
 _RANDOM_WARM_S = 2.0
@@ -72,8 +74,8 @@ def bench_read(size_bytes: int, rounds: int, directory: Path | None, say: Say) -
         raise Usage("at least one round and an image of at least 16 MiB are needed")
     require_reader()
     isolate()
-    with tempfile.TemporaryDirectory(prefix="vmthunder-bench-", dir=directory) as work, ExitStack() as stack:
-        ways = _ways(Path(work), size_bytes, stack, say)
+    with empty_disk(directory, max(_MIN_DISK_BYTES, 8 * size_bytes), say) as work, ExitStack() as stack:
+        ways = _ways(work, size_bytes, stack, say)
         measured: list[Round] = []
         for number in range(rounds):
             figures: dict[str, Figures] = {}
