@@ -22,9 +22,10 @@ BELOW: dict[str, set[str]] = {
     "publishing": {"origin", "image", "ids", "errors"},
     "node": {"peer", "swarm", "fuse", "origin", "image", "ids", "errors"},
     "vm": {"node", "ids", "errors"},
+    "fleet": {"node", "swarm", "ids", "errors"},
     "lab": {"vm", "node", "ids", "errors"},
     "bench": {"lab", "vm", "node", "publishing", "origin", "fuse", "image", "ids", "errors"},
-    "cli": {"bench", "lab", "vm", "node", "swarm", "publishing", "origin", "fuse", "image", "ids", "errors"},
+    "cli": {"bench", "lab", "fleet", "vm", "node", "swarm", "publishing", "origin", "fuse", "image", "ids", "errors"},
     "__main__": {"cli"},
     "__init__": set(),
 }
@@ -52,6 +53,9 @@ PURE = {
     "node.backoff",
     "node.eviction",
     "node.limits",
+    "node.stall",
+    "fleet.placement",
+    "fleet.ledger",
 }
 """Modules that decide and do no I/O: time, randomness and the world are arguments."""
 
@@ -59,7 +63,10 @@ IMPURE = {"os", "io", "socket", "time", "random", "asyncio", "threading", "subpr
 MAY = {"image.chunk": {"threading"}}
 """Coders belong to a thread; nothing waits there."""
 
-ONLY_CONTROL = {"vm": {"node.control", "node.status"}}
+ONLY_CONTROL = {
+    "vm": {"node.control", "node.status"},
+    "fleet": {"node.control", "swarm.client", "swarm.key", "swarm.view"},
+}
 """Rooms that talk to another room through its front door only."""
 
 

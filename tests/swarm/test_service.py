@@ -54,7 +54,11 @@ def test_who_is_where_is_shown_to_operators(server: Server, client: Client, run_
     view = json.loads(answer)[IMAGE.hex()]
     assert (view["stripes"], view["fanout"]) == (4, 5)
     shown = run_cli("swarm", "--tracker", server.url, "--cluster-key", server.key_file, "--json")
-    assert json.loads(shown.stdout) == {"tracker": server.url, "swarms": [{"image_id": IMAGE.hex(), **view}]}
+    assert json.loads(shown.stdout) == {
+        "tracker": server.url,
+        "nodes": [],
+        "swarms": [{"image_id": IMAGE.hex(), **view}],
+    }
     human = run_cli("swarm", "--tracker", server.url, "--cluster-key", server.key_file).stdout
     assert "1 nodes, 4 stripes, fan-out 5" in human
     assert "10.0.0.1:7000" in human

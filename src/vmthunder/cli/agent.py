@@ -18,6 +18,7 @@ from vmthunder.cli.swarm import ask_tracker
 from vmthunder.errors import Failure, NotFound, OriginUnavailable, Usage
 from vmthunder.node.control import AgentClient
 from vmthunder.node.settings import (
+    DEFAULT_CONTROL_LISTEN,
     DEFAULT_PEER_LISTEN,
     DEFAULT_RUN_DIR,
     DEFAULT_STATE_DIR,
@@ -85,6 +86,11 @@ def _client(run_dir: Path) -> AgentClient:
 )
 @click.option("--peer-listen", default=DEFAULT_PEER_LISTEN, help="ADDRESS:PORT for other nodes.")
 @click.option(
+    "--control-listen",
+    default=DEFAULT_CONTROL_LISTEN,
+    help="ADDRESS:PORT for `vmthunder boot --count` and the like, from machines that have the cluster key; or none.",
+)
+@click.option(
     "--advertise",
     metavar="HOST",
     show_default="the address from which this node reaches the tracker",
@@ -129,6 +135,7 @@ def agent(
     tracker: str | None,
     p2p: bool,
     peer_listen: str,
+    control_listen: str,
     advertise: str | None,
     rack: str,
     upload_limit: int,
@@ -169,6 +176,7 @@ def agent(
             cluster_key=key_file,
             tracker=_tracker(origin, tracker, key_file) if p2p else None,
             peer_listen=peer_listen,
+            control_listen=None if control_listen == "none" else control_listen,
             advertise=advertise,
             rack=rack,
             upload_limit_bytes_s=upload_limit,

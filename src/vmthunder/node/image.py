@@ -13,6 +13,7 @@ from vmthunder.fuse.memory import ZEROS
 from vmthunder.ids import Buffer
 from vmthunder.image.manifest import ChunkRow, Manifest
 from vmthunder.node.fetch import Fetcher
+from vmthunder.node.stall import Stall
 
 Push = Callable[[int, Buffer], None]
 """Told an offset and the bytes that belong there: what a read did not ask for of a chunk that it needed."""
@@ -21,10 +22,11 @@ Push = Callable[[int, Buffer], None]
 class OnDemandImage:
     """An image read chunk by chunk."""
 
-    def __init__(self, manifest: Manifest, fetcher: Fetcher, push: Push) -> None:
+    def __init__(self, manifest: Manifest, fetcher: Fetcher, push: Push, stall: Stall) -> None:
         self._manifest = manifest
         self._fetcher = fetcher
         self._push = push
+        self._stall = stall
         self.read_bytes = 0
 
     def close(self) -> None:
@@ -48,7 +50,9 @@ class OnDemandImage:
     async def _read_later(
         self, offset: int, end: int, rows: Sequence[ChunkRow | None], present: Sequence[ChunkRow], direct: bool
     ) -> Sequence[Buffer]:
-        return self._cut(offset, end, rows, await self._fetcher.read(self._manifest, present), direct)
+        with self._stall:
+            slices = await self._fetcher.read(self._manifest, present)
+        return self._cut(offset, end, rows, slices, direct)
 
     def _cut(
         self, offset: int, end: int, rows: Sequence[ChunkRow | None], slices: Sequence[Buffer], direct: bool

@@ -14,6 +14,7 @@ from vmthunder.errors import Usage
 DEFAULT_STATE_DIR = Path("/var/lib/vmthunder")
 DEFAULT_RUN_DIR = Path("/run/vmthunder")
 DEFAULT_PEER_LISTEN = "0.0.0.0:8931"
+DEFAULT_CONTROL_LISTEN = "0.0.0.0:8932"
 MAX_SOCKET_CHARS = 100
 """Of 107 that Linux allows (sun_path in unix(7)), with room for a temporary name."""
 
@@ -51,6 +52,8 @@ class AgentSettings:
     """URL of the tracker; without it this node is in no swarm."""
     peer_listen: str = DEFAULT_PEER_LISTEN
     """ADDRESS:PORT where peers may connect."""
+    control_listen: str | None = None
+    """ADDRESS:PORT where other machines that have the cluster key may boot virtual machines; None: nowhere."""
     advertise: str | None = None
     """Host that peers connect to; None: the address from which this node reaches the tracker."""
     rack: str = ""
@@ -72,6 +75,8 @@ class AgentSettings:
                 "peers talk only to those who have the cluster key; give it with --cluster-key, or use --no-p2p"
             )
         parse_address(self.peer_listen, "--peer-listen")
+        if self.control_listen is not None:
+            parse_address(self.control_listen, "--control-listen")
 
     @property
     def socket(self) -> Path:

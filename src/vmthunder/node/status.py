@@ -22,6 +22,7 @@ from vmthunder.node.mountstate import MountState
 from vmthunder.node.pusher import Pusher
 from vmthunder.node.settings import AgentSettings
 from vmthunder.node.source import OriginSource
+from vmthunder.node.stall import Stall
 
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
@@ -42,6 +43,7 @@ class Status:
         fetcher: Fetcher,
         origin: OriginSource,
         pusher: Pusher,
+        stall: Stall,
         swarm: Callable[[], dict[str, Any] | None],
     ) -> None:
         self._settings = settings
@@ -55,6 +57,7 @@ class Status:
         self._fetcher = fetcher
         self._origin = origin
         self._pusher = pusher
+        self._stall = stall
         self._swarm = swarm
 
     def snapshot(self) -> dict[str, Any]:
@@ -75,7 +78,8 @@ class Status:
                 "budget_bytes": self._decoded.budget_bytes,
                 "hits": self._decoded.hits,
             },
-            "fetch": asdict(self._fetcher.stats) | {"origin_requests": self._origin.requests},
+            "fetch": asdict(self._fetcher.stats)
+            | {"origin_requests": self._origin.requests, "stalled_s": round(self._stall.total_s, 6)},
             "pushed": {"bytes": self._pusher.pushed_bytes, "dropped": self._pusher.dropped},
             "swarm": self._swarm(),
             "waiting": self._catalogue.waiting() + self._fetcher.waiting(),

@@ -13,6 +13,7 @@ import logging
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NoReturn
@@ -35,8 +36,10 @@ from vmthunder.node.mountstate import MountState, Node
 from vmthunder.node.operations import Operations
 from vmthunder.node.peers import Peers
 from vmthunder.node.pusher import Pusher
+from vmthunder.node.remote import listen
 from vmthunder.node.settings import AgentSettings
 from vmthunder.node.source import OriginSource
+from vmthunder.node.stall import Stall
 from vmthunder.node.status import Status
 from vmthunder.origin.origin import Origin
 from vmthunder.swarm.key import ClusterKey
@@ -91,6 +94,7 @@ async def _serve(settings: AgentSettings, handoff: Handoff) -> Leave:
             origin_source = OriginSource(origin)
             peers = None if key is None or settings.tracker is None else Peers(settings, key, origin_source, reads)
             fetcher = Fetcher(peers.source if peers else origin_source, cache, decoded)
+            stall = Stall(time.monotonic)
             stack.push_async_callback(fetcher.close)
             catalogue = Catalogue(origin, settings.state_dir, settings.lookup_timeout_s)
             materialized = MaterializedImages(settings.materialized_dir, fetcher.read)
@@ -101,7 +105,7 @@ async def _serve(settings: AgentSettings, handoff: Handoff) -> Leave:
             def push(offset: int, data: Buffer) -> None:
                 pusher.push(number, offset, data)
 
-            return OnDemandImage(manifest, fetcher, push)
+            return OnDemandImage(manifest, fetcher, push, stall)
 
         swarms = peers.membership if peers else None
         files = ImageFileSystem(catalogue, materialized, state, open_image, LocalImage, swarms)
@@ -119,7 +123,7 @@ async def _serve(settings: AgentSettings, handoff: Handoff) -> Leave:
 
         status = Status(
             settings, handoff, state, files, catalogue, materialized, cache, decoded, fetcher, origin_source, pusher,
-            swarm_status,
+            stall, swarm_status,
         )  # fmt: skip
         operations = Operations(handoff, catalogue, materialized, state, status.snapshot, orders.put_nowait)
 
@@ -128,6 +132,11 @@ async def _serve(settings: AgentSettings, handoff: Handoff) -> Leave:
         stack.push_async_callback(session.close)
         server = await control.serve(settings.socket, operations.handlers())
         stack.callback(server.close)
+        if peers is not None and key is not None and settings.control_listen is not None:
+            with _forgiven(unless=handoff.cause is Cause.START):
+                remote, port = await listen(settings, key, status.snapshot)
+                stack.callback(remote.close)
+                peers.membership.announce(port)
         handoff.ready()
         log.info("event=serving mount=%s origin=%s cause=%s", settings.mount, settings.origin, handoff.cause)
         how = await _told_to_leave(session, orders)
@@ -168,6 +177,17 @@ def _cluster_key(settings: AgentSettings, handoff: Handoff) -> ClusterKey | None
         # Guests depend on us: cached chunks and local copies are served without it.
         log.critical("event=cluster_key_lost reason=%s", error)
         return None
+
+
+@contextlib.contextmanager
+def _forgiven(*, unless: bool) -> Iterator[None]:
+    """What other machines ask of us can wait; guests cannot."""
+    try:
+        yield
+    except VMThunderError as error:
+        if unless:
+            raise
+        log.critical("event=no_remote_control reason=%s", error)
 
 
 @contextlib.contextmanager

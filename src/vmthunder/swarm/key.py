@@ -20,6 +20,7 @@ DEFAULT_KEY_FILE: Final = Path("/var/lib/vmthunder/cluster.key")
 
 _SECRET_BYTES: Final = 32
 _TOKEN_CONTEXT: Final = "vmthunder 2026-11 http bearer token: cluster key"
+_ORDERS_CONTEXT: Final = "vmthunder 2026-11 orders to nodes: cluster key"
 _MAX_FILE_BYTES: Final = 2 * _SECRET_BYTES + 2  # and the end of the line
 
 
@@ -35,6 +36,11 @@ class ClusterKey(NamedTuple):
     def token(self) -> str:
         """What HTTP requests carry, as `Authorization: Bearer TOKEN`."""
         return blake3(self.secret, derive_key_context=_TOKEN_CONTEXT).hexdigest()
+
+    @property
+    def orders_token(self) -> str:
+        """What orders to a node carry. Another one: who hears what a node says to the server cannot give orders."""
+        return blake3(self.secret, derive_key_context=_ORDERS_CONTEXT).hexdigest()
 
     @classmethod
     def load(cls, path: Path) -> "ClusterKey":

@@ -20,6 +20,7 @@ from vmthunder.ids import ImageId, NodeId
 from vmthunder.swarm.activity import Activity
 from vmthunder.swarm.client import TrackerClient, TrackerUnavailable
 from vmthunder.swarm.view import (
+    CLUSTER,
     Join,
     Leave,
     Member,
@@ -89,6 +90,7 @@ class Membership:
         """Whether the tracker answered last time; None before the first."""
         self._token = token
         self._port = 0
+        self._control_port = 0
         self._rack = rack
         self._host = host
         self._reads = reads
@@ -103,6 +105,11 @@ class Membership:
         """Begin to follow the tracker; peers are listened for at `port`. Nothing is sent before an image is used."""
         self._port = port
         self._tasks = [asyncio.create_task(self._run()), asyncio.create_task(self._look())]
+
+    def announce(self, control_port: int) -> None:
+        """Be known as a node that takes orders at `control_port`, from now on and whatever it reads."""
+        self._control_port = control_port
+        self.use(CLUSTER)
 
     async def close(self) -> None:
         """Stop. The tracker gives the next worker of this node a moment to take our place."""
@@ -155,7 +162,7 @@ class Membership:
             "swarms": [
                 {"image_id": image.hex(), "members": len(roster.members), "epoch": roster.version.epoch}
                 for image, swarm in self._swarms.items()
-                if (roster := swarm.roster) is not None
+                if image != CLUSTER and (roster := swarm.roster) is not None
             ],
         }
 
@@ -218,7 +225,8 @@ class Membership:
         client = TrackerClient(self.tracker_url, self._token)
         try:
             host = self._host or await client.connect()
-            member = Member(self.node, self._rack, host, self._port)
+            port = self._control_port if image == CLUSTER else self._port
+            member = Member(self.node, self._rack, host, port)
             view = None if swarm.roster is None else swarm.roster.snapshot()
             answer = await self._ask(client, "join", encode_join(Join(image, member, view)), REQUEST_TIMEOUT_S)
         except Failure as error:
@@ -286,7 +294,7 @@ class Membership:
             now = time.monotonic()
             for image in self._activity.observe(self._reads(), now):
                 self.use(image)
-            for image in self._activity.leave_idle(self._swarms, now):
+            for image in self._activity.leave_idle(self._swarms.keys() - {CLUSTER}, now):
                 self._swarms[image].wanted = False
                 self._changed.set()
 

@@ -15,6 +15,8 @@ from vmthunder.errors import Usage
 from vmthunder.ids import DIGEST_BYTES, NODE_ID_BYTES, ChunkId, ImageId, NodeId
 from vmthunder.swarm.topology import DEFAULT_FANOUT, DEFAULT_STRIPES, Topology, stripe_of
 
+CLUSTER: Final = ImageId(bytes(DIGEST_BYTES))
+"""The swarm of all nodes that are up, whatever they read: no image has this id. Its members' ports take orders."""
 MAX_MEMBERS: Final = 100_000
 MAX_SWARMS: Final = 1024
 """That one node may be in."""

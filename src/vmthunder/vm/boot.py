@@ -6,11 +6,11 @@ short blocking steps (a qcow2 header, an ISO of a few KiB) are done on it, since
 """
 
 import asyncio
-import os
 import time
 from collections.abc import Callable, Coroutine
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from enum import StrEnum
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,6 +31,15 @@ LAST_WORD_S = 1.0
 """How long a driver that stopped answering may take to end and so tell us why."""
 
 Result = TypeVar("Result")
+
+
+class Step(StrEnum):
+    """What a boot does now. The seconds that each took are in `Phases`."""
+
+    OVERLAY = "overlay"
+    START = "start"
+    FIRST_READ = "first read"
+    READY = "ready"
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +94,9 @@ async def boot(
     *,
     timeout_s: float,
     counters: Callable[[], NodeCounters | None] = lambda: None,
+    on_step: Callable[[Step], None] = lambda _step: None,
 ) -> BootReport:
-    """Make and start a machine, and wait until its guest is ready.
+    """Make and start a machine, and wait until its guest is ready. `on_step` is told when each step begins.
 
     Raises:
         Conflict: the name is taken.
@@ -95,10 +105,12 @@ async def boot(
     """
     before = counters()
     lap = _Stopwatch()
+    on_step(Step.OVERLAY)
     name, directory = machines.create(name, image.name)
     try:
         _prepare(name, directory, image, spec)
         overlay_s = lap()
+        on_step(Step.START)
         guest = _start(name, directory, image, spec, machines)
     except BaseException:
         machines.destroy(name)
@@ -110,7 +122,7 @@ async def boot(
             record = replace(record, ports=await _unless_ended(guest.child, guest.connected()))
             machines.save(record)
             start_s = lap()
-            first_read_s, bytes_read = await _unless_ended(guest.child, _watch(guest, ready, lap))
+            first_read_s, bytes_read = await _unless_ended(guest.child, _watch(guest, ready, lap, on_step))
         ready_s = lap()
     except TimeoutError:
         guest.child.let_go()
@@ -156,9 +168,7 @@ def _start(name: str, directory: Path, image: BackingImage, spec: Spec, machines
     with machine.file_errors(directory):
         if spec.driver is Driver.QEMU:
             return QemuGuest.start(name, directory, spec, choose_accel(spec.accel, machines.state_dir))
-        cpus = sorted(os.sched_getaffinity(0))
-        others = sum(other.running for other in machines.all() if other.driver == Driver.UML)
-        return UmlGuest.start(name, directory, image, spec, cpus[others % len(cpus)])
+        return UmlGuest.start(name, directory, image, spec)
 
 
 def _record(name: str, image: BackingImage, spec: Spec, guest: Guest) -> Machine:
@@ -176,14 +186,18 @@ def _record(name: str, image: BackingImage, spec: Spec, guest: Guest) -> Machine
     )
 
 
-async def _watch(guest: Guest, ready: ReadyCheck, lap: _Stopwatch) -> tuple[float, int]:
+async def _watch(
+    guest: Guest, ready: ReadyCheck, lap: _Stopwatch, on_step: Callable[[Step], None]
+) -> tuple[float, int]:
     """Until the guest is ready; seconds until its first read, and bytes read until it was ready."""
+    on_step(Step.FIRST_READ)
     waiting = asyncio.ensure_future(ready.wait(guest))
     try:
         # A guest whose files are all in its initrd may be ready without a read.
         while not waiting.done() and not await guest.bytes_read():
             await asyncio.wait({waiting}, timeout=FIRST_READ_POLL_S)
         first_read_s = lap()
+        on_step(Step.READY)
         await waiting
     finally:
         waiting.cancel()

@@ -4,8 +4,13 @@ It needs no emulator, boots in two seconds of CPU time, and keeps its own copy-o
 it is single-threaded, and passes each disk request to a process of its own and back.
 """
 
+import fcntl
 import os
 import shlex
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from vmthunder.errors import MissingTool
@@ -39,7 +44,7 @@ class UmlGuest(Guest):
         self.directory, self.child = directory, child
 
     @classmethod
-    def start(cls, name: str, directory: Path, image: BackingImage, spec: Spec, cpu: int) -> "UmlGuest":
+    def start(cls, name: str, directory: Path, image: BackingImage, spec: Spec) -> "UmlGuest":
         """Raises MissingTool."""
         # COW headers hold the path, and commas would end it: a link has a short and plain name.
         link = directory / "image.raw"
@@ -47,18 +52,15 @@ class UmlGuest(Guest):
         os.mkfifo(directory / machine.CONSOLE_FIFO, 0o600)
         # Opened for both, so that the guest never sees the end of its input when a console is left.
         keyboard = os.open(directory / machine.CONSOLE_FIFO, os.O_RDWR)
+        argv = command(name, Path(link.name), spec)
         try:
-            child = start(
-                command(name, Path(link.name), spec), directory, stdin_fd=keyboard, output=machine.CONSOLE_LOG
-            )
+            with _one_at_a_time():
+                child = start(argv, directory, stdin_fd=keyboard, output=machine.CONSOLE_LOG)
+                _pin(child.identity.pid)
         except MissingTool:
             raise MissingTool("user-mode Linux is not installed; `make setup` installs what is missing") from None
         finally:
             os.close(keyboard)
-        try:
-            os.sched_setaffinity(child.identity.pid, {cpu})
-        except OSError:
-            pass  # it has ended already, and whoever waits for it learns why; or the CPU is not ours: only slower
         return cls(directory, child)
 
     async def connected(self) -> dict[int, int]:
@@ -80,6 +82,35 @@ class UmlGuest(Guest):
 
     async def close(self) -> None:
         """Nothing is held."""
+
+
+@contextmanager
+def _one_at_a_time() -> Iterator[None]:
+    """On this host: of guests that start in the same moment each must see where the others are pinned."""
+    program = shutil.which(PROGRAMS[0])
+    if program is None:
+        raise MissingTool(f"{PROGRAMS[0]} is not installed")
+    with Path(program).open("rb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _pin(pid: int) -> None:
+    """To the CPU with the fewest guests of this kind, whoever on this host has started them."""
+    guests: Counter[int] = Counter()
+    for entry in Path("/proc").glob("[1-9]*"):
+        other = int(entry.name)
+        try:
+            # A guest's first process leads a session; the others are one for each process in the guest.
+            if os.getsid(other) == other and (entry / "comm").read_text().rstrip() in PROGRAMS:
+                cpus = os.sched_getaffinity(other)
+                guests.update(cpus if len(cpus) == 1 else ())
+        except OSError:
+            continue  # it ended
+    try:
+        os.sched_setaffinity(pid, {min(sorted(os.sched_getaffinity(0)), key=guests.__getitem__)})
+    except OSError:
+        pass  # it has ended already, and whoever waits for it learns why; or the CPU is not ours: only slower
 
 
 def _rchar(pid: int) -> int:
