@@ -343,7 +343,9 @@ async def test_a_hurried_request_overtakes_those_that_nobody_waits_for() -> None
         waiting = [waiter for first in (0, 250) for waiter in alice.get(ROUTE, chunks(first))]
         await until(lambda: bool(bob._todo[Priority.BACKGROUND]))
         alice.hurry(waiting[-1])
-        await until(lambda: not bob._todo[Priority.BACKGROUND].keys() & {waiting[-1]} and bool(bob._todo[0] or bob._ready[0]))
+        await until(
+            lambda: not bob._todo[Priority.BACKGROUND].keys() & {waiting[-1]} and bool(bob._todo[0] or bob._ready[0])
+        )
         for waiter in waiting:
             waiter.add_done_callback(lambda done: order.append(ChunkId(bytes(done.result()[:32]))))
         alice._transport.resume_reading()

@@ -166,8 +166,8 @@ class Fetcher:
 
     def bring(self, image: Manifest, rows: Iterable[ChunkRow]) -> list[Flight]:
         """Flights that nobody waits for yet, for those of `rows` that are neither here nor in flight."""
-        missing = [row for row in rows if not self.is_near(image, row)]
-        return self._start(image, missing, Errand(priority=Priority.BACKGROUND))
+        missing = {want_of(image, row): row for row in rows if not self.is_near(image, row)}
+        return self._start(image, missing.values(), Errand(priority=Priority.BACKGROUND))
 
     def is_near(self, image: Manifest, row: ChunkRow) -> bool:
         """Whether a chunk is here already, or on its way."""
