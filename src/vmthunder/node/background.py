@@ -60,7 +60,7 @@ class Background:
                 continue
             batch.append(row)
             batch_bytes += row.encoded_bytes
-            if batch_bytes >= min(self._window.limit_bytes // 4, MAX_BATCH_BYTES):
+            if batch_bytes >= min(self._room_bytes() // 4, MAX_BATCH_BYTES):
                 await self._send(image, batch, batch_bytes, flights, arrived, limit)
                 batch, batch_bytes = [], 0
         await self._send(image, batch, batch_bytes, flights, arrived, limit)

@@ -70,9 +70,10 @@ class ImageFileSystem:
         open_image: Callable[[Node, Manifest], OpenFile],
         open_local: Callable[[int], OpenFile],
         swarms: Swarms | None = None,
-        opened: Callable[[Node], None] = lambda _node: None,
+        opened: Callable[[Node, bool], None] = lambda _node, _direct: None,
     ) -> None:
-        """`opened` is told each time that an image is opened, or first read by this worker, without a local copy."""
+        """`opened` is told of each open on demand, and of the first read of what was open before this worker: the node, and
+        whether the reader does without the page cache."""
         self._catalogue = catalogue
         self._materialized = materialized
         self._state = state
@@ -119,7 +120,9 @@ class ImageFileSystem:
             backing_id = self._open_backing(known)
         handle = self._state.open(known, backing_id)
         if not known.materialized:
-            self._use(known)  # before the first read, which would rather not wait for it
+            self._use(
+                known, direct=bool(flags & os.O_DIRECT)
+            )  # before the first read, which would rather not wait for it
         # The kernel brings the handle back with each READ: what a worker must know of it, it finds in the handle.
         return Opened(handle << 1 | bool(flags & os.O_DIRECT), backing_id or 0)
 
@@ -153,9 +156,9 @@ class ImageFileSystem:
                 file = self._open_local(self._materialized.open(known.image_id))
             except FileNotFoundError:
                 # Removed by hand under an open file. The origin has the same bytes.
-                file = await self._on_demand(known)
+                file = await self._on_demand(known, fh)
         else:
-            file = await self._on_demand(known)
+            file = await self._on_demand(known, fh)
         # Somebody may have come first during the await.
         if self._files.setdefault(node, file) is not file:
             file.close()
@@ -163,17 +166,17 @@ class ImageFileSystem:
         slices = file.read(offset, size_bytes, direct=bool(fh & 1))
         return await slices if isinstance(slices, Awaitable) else slices
 
-    async def _on_demand(self, node: Node) -> OpenFile:
+    async def _on_demand(self, node: Node, fh: int) -> OpenFile:
         # Also after a worker's death: its successor must be in the swarm before it asks everything of the origin.
-        self._use(node)
+        self._use(node, direct=bool(fh & 1))
         if self._swarms is not None:
             await self._swarms.settled(node.image_id)
         return self._open_image(node, await self._catalogue.manifest(node.image_id))
 
-    def _use(self, node: Node) -> None:
+    def _use(self, node: Node, *, direct: bool) -> None:
         if self._swarms is not None:
             self._swarms.use(node.image_id)
-        self._opened(node)
+        self._opened(node, direct)
 
     def read_bytes(self, node: Node) -> int:
         """Bytes that we were asked for; what the kernel had in its page cache is not among them."""

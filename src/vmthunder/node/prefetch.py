@@ -82,8 +82,8 @@ class Session:
         """By index: 1 for what was brought here before it was touched, 2 if it was pushed too."""
         self.pushed_bytes = 0
         self.pushing = False
-        self.buffered = False
-        """Somebody reads through the page cache."""
+        self.direct = False
+        """Who opened it last reads past the page cache: all that he reads is seen, and nothing is pushed for him."""
         self.hits = 0
         self.misses = 0
         self.replaying: asyncio.Task[None] | None = None
@@ -91,7 +91,6 @@ class Session:
         self._fetcher = fetcher
 
     def touch(self, offset: int, end: int, *, direct: bool) -> None:
-        self.buffered = self.buffered or not direct
         for index in self.recorder.touch(offset, end, self._clock(), direct=direct):
             if self.brought[index]:
                 self.hits += 1
@@ -172,10 +171,13 @@ class Prefetcher:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    def opened(self, node: Node) -> None:
-        """An image is read on demand from now on."""
-        if node.image_id not in self._sessions:
-            self._spawn(self._open(node))
+    def opened(self, node: Node, *, direct: bool) -> None:
+        """An image is read on demand from now on; `direct`: past the page cache."""
+        session = self._sessions.get(node.image_id)
+        if session is None:
+            self._spawn(self._open(node, direct))
+        else:
+            session.direct = direct
 
     def watch(self, node: Node, manifest: Manifest) -> Session:
         """Who is to be told of the reads of an image."""
@@ -215,8 +217,8 @@ class Prefetcher:
         task.add_done_callback(self._tasks.discard)
         return task
 
-    async def _open(self, node: Node) -> None:
-        self.watch(node, await self._manifest(node.image_id))
+    async def _open(self, node: Node, direct: bool) -> None:
+        self.watch(node, await self._manifest(node.image_id)).direct = direct
 
     async def _replay(self, session: Session) -> None:
         image = session.manifest.image_id
@@ -249,7 +251,7 @@ class Prefetcher:
             session.hits += 1  # while it was on its way
             return
         session.brought[row.index] = 1
-        if session.pushing and session.buffered and self._budget.take(len(slice_)):
+        if session.pushing and not session.direct and self._budget.take(len(slice_)):
             self._push(session.node.number, row.index * session.manifest.chunk_bytes, slice_)
             session.brought[row.index] = 2
             session.pushed_bytes += len(slice_)
@@ -265,9 +267,8 @@ class Prefetcher:
             closed = now_s - closed_at_s >= LINGER_S or self._sessions.get(session.node.image_id) is not session
             if not learned and (closed or session.recorder.is_over(now_s)):
                 learned = True
-                boot = session.recorder.boot(
-                    complete=session.node.number not in self._warm and not session.pushed_bytes
-                )
+                cold = session.node.number not in self._warm and not session.pushed_bytes
+                boot = session.recorder.boot(complete=cold or session.direct)
                 if boot is not None:
                     self._spawn(self._send(boot))
             if closed:

@@ -84,6 +84,8 @@ class Turns:
         for mine, errand in sorted(self._waiting.items(), key=lambda waiting: waiting[1].priority):
             if not self._free or (errand.background and not self._free_background):
                 return
+            if mine.done():
+                continue  # cancelled, and about to leave
             del self._waiting[mine]
             self._free -= 1
             self._free_background -= errand.background

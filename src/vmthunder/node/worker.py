@@ -110,11 +110,12 @@ async def _serve(settings: AgentSettings, handoff: Handoff) -> Leave:
             def push(offset: int, data: Buffer) -> None:
                 pusher.push(number, offset, data)
 
-            return OnDemandImage(manifest, fetcher, push, stall, prefetcher and prefetcher.watch(node, manifest))
+            watch = None if prefetcher is None else prefetcher.watch(node, manifest)
+            return OnDemandImage(manifest, fetcher, push, stall, watch)
 
-        def opened(node: Node) -> None:
+        def opened(node: Node, direct: bool) -> None:
             if prefetcher is not None:
-                prefetcher.opened(node)
+                prefetcher.opened(node, direct=direct)
 
         swarms = peers.membership if peers else None
         files = ImageFileSystem(catalogue, materialized, state, open_image, LocalImage, swarms, opened)
@@ -147,9 +148,12 @@ async def _serve(settings: AgentSettings, handoff: Handoff) -> Leave:
         def swarm_status() -> dict[str, Any] | None:
             return peers.status() if peers else None
 
+        def prefetch_status() -> dict[str, Any] | None:
+            return None if prefetcher is None else prefetcher.status()
+
         status = Status(
             settings, handoff, state, files, catalogue, materialized, cache, decoded, fetcher, origin_source, pusher,
-            stall, swarm_status, lambda: prefetcher and prefetcher.status(),
+            stall, swarm_status, prefetch_status,
         )  # fmt: skip
         operations = Operations(handoff, catalogue, materialized, state, status.snapshot, orders.put_nowait, prefetcher)
 
