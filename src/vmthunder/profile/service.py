@@ -55,7 +55,7 @@ class ProfileService:
 
     def __init__(self, origin: Origin) -> None:
         self._origin = origin
-        self._live = Live(random.SystemRandom().randrange(1, 1 << 32))
+        self._live = Live(random.SystemRandom().randrange(1 << 32))
         self._images: OrderedDict[ImageId, _Image] = OrderedDict()  # the one asked for longest ago comes first
 
     def attach(self, app: web.Application) -> None:
