@@ -22,6 +22,7 @@ from vmthunder.errors import CorruptFile, Failure, NoSpace, VMThunderError
 from vmthunder.fuse.handoff import Cause, Handoff, Leave
 from vmthunder.fuse.memory import prepare_worker_memory
 from vmthunder.fuse.session import Session
+from vmthunder.fuse.writable import WritableSession
 from vmthunder.ids import Buffer, ImageId
 from vmthunder.image.manifest import Manifest
 from vmthunder.node import control
@@ -35,10 +36,13 @@ from vmthunder.node.image import LocalImage, OnDemandImage
 from vmthunder.node.imagefs import ImageFileSystem
 from vmthunder.node.materialized import MaterializedImages
 from vmthunder.node.mountstate import MountState, Node
+from vmthunder.node.novabase import NovaBase
+from vmthunder.node.novaimages import NovaImages
 from vmthunder.node.operations import Operations
 from vmthunder.node.peers import Peers
 from vmthunder.node.prefetch import Prefetcher
 from vmthunder.node.pusher import Pusher
+from vmthunder.node.realfiles import RealFiles
 from vmthunder.node.remote import listen
 from vmthunder.node.settings import AgentSettings
 from vmthunder.node.source import OriginSource
@@ -119,9 +123,27 @@ async def _serve(settings: AgentSettings, handoff: Handoff) -> Leave:
 
         swarms = peers.membership if peers else None
         files = ImageFileSystem(catalogue, materialized, state, open_image, LocalImage, swarms, opened)
-        session = Session(handoff.fuse_fd, handoff.negotiated, files, loop)
+        real = None
+        if settings.base_fd is None:
+            session = Session(handoff.fuse_fd, handoff.negotiated, files, loop)
+        else:
+            with _explained(settings):
+                nova = NovaImages(
+                    settings.nova_dir,
+                    catalogue,
+                    materialized,
+                    lambda manifest: materialized.make(manifest, _unwatched),
+                    complete_after_s=settings.complete_after_s,
+                )
+                real = RealFiles(settings.base_fd, settings.real_state_file, resume=handoff.cause is not Cause.START)
+            stack.callback(real.close)
+            nova.start()
+            stack.push_async_callback(nova.close)
+            session = WritableSession(handoff.fuse_fd, handoff.negotiated, NovaBase(real, files, nova, state), loop)
         if handoff.negotiated.passthrough:
             files.backing = session
+            if real is not None:
+                real.backing = session
         pusher = Pusher(session.notify_store, handoff.fuse_fd)
         stack.callback(pusher.stop)
         if peers is not None:
@@ -174,9 +196,13 @@ async def _serve(settings: AgentSettings, handoff: Handoff) -> Leave:
         if how is Leave.STOP:
             if peers is not None:
                 await peers.membership.leave_all()
-            for promise in (settings.socket, settings.mount_state_file):
+            for promise in (settings.socket, settings.mount_state_file, settings.real_state_file):
                 promise.unlink(missing_ok=True)
     return how
+
+
+async def _unwatched(done_bytes: int, total_bytes: int) -> None:
+    """Nobody waits for an image that is completed in the background."""
 
 
 async def _told_to_leave(session: Session, orders: "asyncio.Queue[Leave]") -> Leave:
