@@ -73,6 +73,8 @@ PURE = {
     "node.backoff",
     "node.eviction",
     "node.limits",
+    "node.recorder",
+    "node.window",
     "node.stall",
     "fleet.placement",
     "fleet.ledger",
