@@ -101,7 +101,8 @@ def bench_storm(
     machine: dict[str, Any] = facts() | {"rate": rate.text, "rounds": rounds, "virtual_bytes": manifest.virtual_bytes}
     if isinstance(guests, Replayed):
         machine |= {"think_scale": guests.think_scale, "touched_bytes": storm.touched_bytes}
-    return {"rows": rows, "delta_star_s": rounded(least_stall_s(touches, rate.bytes_s)), "machine": machine}
+    least_s = rounded(least_stall_s(touches, rate.bytes_s)) if touches else None
+    return {"rows": rows, "delta_star_s": least_s, "machine": machine}
 
 
 async def _manifest(root: Path) -> Manifest:

@@ -10,7 +10,7 @@ from vmthunder.bench.boots import Guests, Real, Replayed
 from vmthunder.bench.guest import KINDS, GuestDisk, build_guest
 from vmthunder.bench.plot import plot_storm, require_plot
 from vmthunder.bench.storm import bench_storm
-from vmthunder.cli.lab import RATE
+from vmthunder.cli.lab import NODE_COUNTS, RATE
 from vmthunder.cli.output import console, emit, json_option, progress_console, size_text
 from vmthunder.errors import Usage
 from vmthunder.lab.shaping import Rate
@@ -19,25 +19,8 @@ from vmthunder.vm.spec import Driver
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
-class NodeCounts(click.ParamType[list[int]]):
-    """`8` or `1,4,8,16`."""
-
-    name = "N,…"
-
-    def convert(self, value: str | list[int], param: click.Parameter | None, ctx: click.Context | None) -> list[int]:
-        if isinstance(value, list):
-            return value
-        try:
-            counts = [int(part) for part in value.split(",")]
-        except ValueError:
-            counts = [0]
-        if not all(1 <= count <= 200 for count in counts):
-            self.fail(f"{value!r} is no list of numbers of nodes; write 8 or 1,4,8, each at most 200", param, ctx)
-        return counts
-
-
 @click.command()
-@click.option("--nodes", type=NodeCounts(), default="8", help="Nodes that boot at once; 1,4,8,16 measures each.")
+@click.option("--nodes", type=NODE_COUNTS, default="8", help="Nodes that boot at once; 1,4,8,16 measures each.")
 @click.option("--rate", type=RATE, default="1gbit", help="Speed of each link, each way.")
 @click.option(
     "--guest",
@@ -115,7 +98,9 @@ def _guests(
 
 
 def _show(result: dict[str, Any]) -> None:
-    table = Table("nodes", "", "median s", "last s", "÷ local", "stall s", "origin ÷ touched", "peers", "hit", "waste")
+    table = Table(box=None, pad_edge=False)
+    for heading in ("NODES", "", "MEDIAN s", "LAST s", "÷ LOCAL", "STALL s", "ORIGIN", "PEERS", "HIT", "WASTE"):
+        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
     for row in result["rows"]:
         table.add_row(
             str(row["nodes"]),
@@ -130,7 +115,10 @@ def _show(result: dict[str, Any]) -> None:
             _shown(row, "prefetch_waste", "{:.1%}"),
         )
     console.print(table)
-    console.print(f"least possible stall Δ* {result['delta_star_s']:.2f} s")
+    if result["delta_star_s"] is not None:
+        console.print(
+            f"least possible stall Δ* {result['delta_star_s']:.3f} s; ORIGIN is in copies of what a boot touches"
+        )
 
 
 def _shown(row: dict[str, Any], figure: str, form: str) -> str:
