@@ -154,6 +154,8 @@ def agent(
     restart: bool,
     stop: bool,
     as_json: bool,
+    nova: bool = False,
+    complete_after: float = 0.0,
 ) -> None:
     """Show every published image as a file on this node, chunk by chunk as it is read.
 
@@ -193,6 +195,8 @@ def agent(
             download_limit_bytes_s=download_limit,
             prefetch=prefetch,
             prefetch_memory_bytes=prefetch_memory,
+            nova=nova,
+            complete_after_s=complete_after,
         )
         _check_key(settings)
         if not detach:

@@ -63,7 +63,7 @@ def _worker_command(settings: AgentSettings) -> list[str]:
 
 
 def _take_place(settings: AgentSettings) -> tuple[int, AgentSettings]:
-    """Make the directories, lock them and clear the mount point; returns the lock's descriptor and the settings as they are now."""
+    """Make the directories, lock them and clear the mount point; returns the lock's descriptor and what to start with."""
     if os.geteuid() != 0:
         raise NotPermitted("an agent mounts a file system; run `vmthunder agent` as root")
     if not _FUSE_DEVICE.exists():
