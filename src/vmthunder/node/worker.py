@@ -22,7 +22,7 @@ from vmthunder.errors import CorruptFile, Failure, NoSpace, VMThunderError
 from vmthunder.fuse.handoff import Cause, Handoff, Leave
 from vmthunder.fuse.memory import prepare_worker_memory
 from vmthunder.fuse.session import Session
-from vmthunder.ids import Buffer, ImageId
+from vmthunder.ids import Buffer, ChunkId, ImageId
 from vmthunder.image.manifest import Manifest
 from vmthunder.node import control
 from vmthunder.node.background import Background
@@ -36,6 +36,7 @@ from vmthunder.node.imagefs import ImageFileSystem
 from vmthunder.node.materialized import MaterializedImages
 from vmthunder.node.mountstate import MountState, Node
 from vmthunder.node.operations import Operations
+from vmthunder.node.orders import Orders, read_pins
 from vmthunder.node.peers import Peers
 from vmthunder.node.prefetch import Prefetcher
 from vmthunder.node.pusher import Pusher
@@ -94,6 +95,8 @@ async def _serve(settings: AgentSettings, handoff: Handoff) -> Leave:
             state = _mount_state(settings, handoff)
             cache = ChunkCache(settings.state_dir, settings.cache_bytes)
             stack.callback(cache.close)
+            pins = read_pins(settings.state_dir / "pins")
+            cache.pin(frozenset[ChunkId]().union(*pins.values()))
             await asyncio.to_thread(cache.recover)
             decoded = DecodedChunks(settings.decoded_bytes)
             origin_source = OriginSource(origin)
@@ -128,12 +131,15 @@ async def _serve(settings: AgentSettings, handoff: Handoff) -> Leave:
             stack.push_async_callback(peers.close)
             await peers.open(fetcher, cache, catalogue, needed=handoff.cause is Cause.START)
 
+        background = Background(fetcher)
+        profiles = _profiles(settings, origin, key)
+        stack.callback(profiles.close)
+        orders_here = Orders(settings.state_dir, pins, background, cache, catalogue, profiles, swarms)
+        stack.push_async_callback(orders_here.close)
         prefetcher = None
         if settings.prefetch:
-            profiles = _profiles(settings, origin, key)
-            stack.callback(profiles.close)
             prefetcher = Prefetcher(
-                Background(fetcher),
+                background,
                 fetcher,
                 profiles,
                 node_id(settings.node_id_file),
@@ -142,6 +148,7 @@ async def _serve(settings: AgentSettings, handoff: Handoff) -> Leave:
                 catalogue.manifest,
                 swarms.settled if swarms else _nothing_to_wait_for,
                 warm={node.number for node in state.nodes()},
+                hydrate_bytes_s=settings.hydrate_bytes_s,
             )
             stack.push_async_callback(prefetcher.close)
 
@@ -153,18 +160,21 @@ async def _serve(settings: AgentSettings, handoff: Handoff) -> Leave:
 
         status = Status(
             settings, handoff, state, files, catalogue, materialized, cache, decoded, fetcher, origin_source, pusher,
-            stall, swarm_status, prefetch_status,
+            stall, swarm_status, prefetch_status, orders_here.status,
         )  # fmt: skip
-        operations = Operations(handoff, catalogue, materialized, state, status.snapshot, orders.put_nowait, prefetcher)
+        operations = Operations(
+            handoff, catalogue, materialized, state, status.snapshot, orders.put_nowait, prefetcher, orders_here
+        )
 
         prepare_worker_memory()
         session.start(resend=handoff.cause is not Cause.START)
         stack.push_async_callback(session.close)
+        orders_here.start(settings.policy)
         server = await control.serve(settings.socket, operations.handlers())
         stack.callback(server.close)
         if peers is not None and key is not None and settings.control_listen is not None:
             with _forgiven(unless=handoff.cause is Cause.START):
-                remote, port = await listen(settings, key, status.snapshot)
+                remote, port = await listen(settings, key, status.snapshot, operations.precache)
                 stack.callback(remote.close)
                 peers.membership.announce(port)
         handoff.ready()
