@@ -74,6 +74,8 @@ PURE = {
     "node.backoff",
     "node.eviction",
     "node.limits",
+    "node.recorder",
+    "node.window",
     "node.stall",
     "fleet.placement",
     "fleet.ledger",

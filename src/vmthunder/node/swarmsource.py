@@ -10,15 +10,16 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from typing import Final, TypeAlias
+from typing import Any, Final, TypeAlias
 
 from vmthunder.errors import OriginUnavailable, VMThunderError
 from vmthunder.ids import Buffer, ImageId, NodeId
 from vmthunder.image.manifest import ChunkRow, Manifest
 from vmthunder.node.limits import RateLimit
-from vmthunder.node.source import Delivery, Errand, OriginSource
+from vmthunder.node.source import Delivery, OriginSource
+from vmthunder.node.turns import Errand, pace
 from vmthunder.peer.frames import Busy, LocalProtocolError, NotHere, Reason, Route
-from vmthunder.peer.link import LinkLost
+from vmthunder.peer.link import Link, LinkLost, Waiter
 from vmthunder.peer.pool import Pool
 from vmthunder.swarm.rank import Ranking, Source
 from vmthunder.swarm.topology import stripe_of
@@ -28,6 +29,8 @@ log = logging.getLogger(__name__)
 
 GIVE_UP_S: Final = 0.8
 """A source that has not answered for so long, and twice as long as what is late, is taken for dead."""
+GIVE_UP_BACKGROUND_S: Final = 5.0
+"""The same where nobody waits: an honest peer answers those first for whom somebody does."""
 
 Answer: TypeAlias = Buffer | NotHere | Busy
 
@@ -64,9 +67,7 @@ class SwarmSource:
 
     async def fetch(self, image: Manifest, run: Sequence[ChunkRow], errand: Errand) -> Sequence[Delivery]:
         """Raises OriginUnavailable: neither the origin nor any peer delivers."""
-        wait_s = self._download.reserve(sum(row.encoded_bytes for row in run), self.clock())
-        if wait_s:
-            await asyncio.sleep(wait_s)
+        await pace(self._download, sum(row.encoded_bytes for row in run), errand, self.clock)
         roster = self._swarm(image)
         if roster is None or len(run) > 1:
             return await self.origin.fetch(image, run, errand)
@@ -97,8 +98,10 @@ class _Search:
         self._image = image
         self._row = row
         self._errand = errand
+        self._began_background = errand.background
         self._members = roster.members
         self._route = Route(image.image_id, roster.version.epoch, stripe, errand.hops, errand.priority)
+        self._sent: list[tuple[Link, Waiter]] = []
         self._todo = deque(self._ranking.rank(ancestors, (), source.clock()))
         self._tried: set[Source] = set()
         self._asked: dict[asyncio.Future[Answer], tuple[Source, float]] = {}
@@ -106,16 +109,19 @@ class _Search:
         self._why = "there is no source"
 
     async def deliver(self) -> Delivery:
+        hurried: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._errand.when_hurried(lambda: self._hurry(hurried))
         try:
             while True:
                 if not self._asked and not self._ask_next():
                     raise OriginUnavailable(f"no source delivers: {self._why}")
-                done, _ = await asyncio.wait(
-                    self._asked, timeout=self._patience_s(), return_when=asyncio.FIRST_COMPLETED
-                )
+                events: set[asyncio.Future[Any]] = {*self._asked, hurried}
+                if hurried.done():
+                    events.remove(hurried)
+                done, _ = await asyncio.wait(events, timeout=self._patience_s(), return_when=asyncio.FIRST_COMPLETED)
                 if not done:
                     self._consider_another()
-                for future in done:
+                for future in self._asked.keys() & done:
                     delivery = self._hear(future)
                     if delivery is not None:
                         return delivery
@@ -123,6 +129,14 @@ class _Search:
             # Whoever was asked in vain is told so, and need not send.
             for future in self._asked:
                 future.cancel()
+
+    def _hurry(self, hurried: "asyncio.Future[None]") -> None:
+        """Somebody waits from now on: whoever was asked is told, and may take as long as for any demand read."""
+        for link, waiter in self._sent:
+            link.hurry(waiter)
+        self._latest = self._latest[0], self._source.clock()
+        if not hurried.done():
+            hurried.set_result(None)
 
     def _ask_next(self) -> bool:
         """Ask the best source that was not asked; False if there is none."""
@@ -140,7 +154,7 @@ class _Search:
         link = None if source is None else self._source.pool.get(source)
         if link is not None:
             try:
-                return link.get(self._route, [(self._row.chunk_id, self._row.encoded_bytes)])[0]  # type: ignore[return-value]
+                return self._send(link)  # type: ignore[return-value]
             except (LinkLost, LocalProtocolError) as error:
                 # Gone in this moment, or as many requests are unanswered as may be.
                 failed: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
@@ -156,19 +170,28 @@ class _Search:
         member = self._members.get(node)
         if member is None:
             raise LinkLost(f"node {node.hex()} has left the swarm")
-        link = await self._source.pool.reach(member)
-        return await link.get(self._route, [(self._row.chunk_id, self._row.encoded_bytes)])[0]
+        return await self._send(await self._source.pool.reach(member))
+
+    def _send(self, link: Link) -> Waiter:
+        """Raises LinkLost, LocalProtocolError."""
+        route = self._route._replace(priority=self._errand.priority)
+        (waiter,) = link.get(route, [(self._row.chunk_id, self._row.encoded_bytes)])
+        if self._errand.background:
+            self._sent.append((link, waiter))
+        return waiter
 
     def _patience_s(self) -> float | None:
         """How long to wait for an answer before something else is considered."""
         if not self._todo:
             return None
         source, since_s = self._latest
-        late_s = self._ranking.hedge_after_s(source)
+        late_s = self._dead_s(source) if self._errand.background else self._ranking.hedge_after_s(source)
         waited_s = self._source.clock() - since_s
         return max(0.0, (late_s if waited_s < late_s else self._dead_s(source)) - waited_s)
 
     def _dead_s(self, source: Source) -> float:
+        if self._errand.background:
+            return GIVE_UP_BACKGROUND_S
         return max(GIVE_UP_S, 2 * self._ranking.hedge_after_s(source))
 
     def _consider_another(self) -> None:
@@ -177,7 +200,7 @@ class _Search:
         if now_s - since_s >= self._dead_s(source):
             self._ranking.failed(source, now_s)
             self._ask_next()
-        elif self._ranking.may_hedge(self._row.encoded_bytes):
+        elif not self._errand.background and self._ranking.may_hedge(self._row.encoded_bytes):
             self._source.hedges += 1
             self._ask_next()
 
@@ -193,7 +216,8 @@ class _Search:
             return None
         answer = future.result()
         if not isinstance(answer, NotHere | Busy):
-            self._ranking.delivered(source, len(answer), now_s - since_s, now_s)
+            if not self._began_background:  # what may wait says nothing of how long a guest would
+                self._ranking.delivered(source, len(answer), now_s - since_s, now_s)
             return Delivery(answer, source)
         if isinstance(answer, Busy):
             self._ranking.busy(source, answer.retry_after_s, now_s)
