@@ -69,6 +69,7 @@ PURE = {
     "profile.profile",
     "profile.live",
     "profile.merge",
+    "profile.summary",
     "lab.trace",
     "node.backoff",
     "node.eviction",
