@@ -117,7 +117,7 @@ class RemoteControl:
                 raise NotFound(f"there is no {exchange.method} {exchange.path[:200]} here")
 
     async def _bring(self, exchange: Exchange, wanted: Mapping[str, Any]) -> None:
-        if wanted.keys() != {"image", "what", "rate_bytes_s"} or wanted["what"] not in set(Part):
+        if wanted.keys() != {"image", "what", "rate_bytes_s"} or wanted["what"] not in list(Part):
             raise Usage("image, what (boot-set or full) and rate_bytes_s are wanted")
         request = {
             "image": _text("image", wanted["image"]),
