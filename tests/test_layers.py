@@ -43,6 +43,7 @@ PURE = {
     "swarm.view",
     "swarm.tracker",
     "swarm.rank",
+    "swarm.search",
     "swarm.activity",
     "peer.answer",
     "peer.frames",
