@@ -117,6 +117,14 @@ def _client(run_dir: Path) -> AgentClient:
     show_default="none",
     help="From nodes and origin together; only with other nodes (p2p).",
 )
+@click.option(
+    "--prefetch/--no-prefetch",
+    default=True,
+    help="Whether to learn what boots of an image read, and to bring it here before the next guest asks.",
+)
+@click.option(
+    "--prefetch-memory", type=BYTES, default="256MiB", help="Prefetched chunks that may be put into the page cache."
+)
 @click.option("--detach", is_flag=True, help="Run in the background; return when the mount serves.")
 @click.option(
     "--restart", is_flag=True, help="Hand the running agent's mount over to a new worker, from the code installed now."
@@ -140,6 +148,8 @@ def agent(
     rack: str,
     upload_limit: int,
     download_limit: int,
+    prefetch: bool,
+    prefetch_memory: int,
     detach: bool,
     restart: bool,
     stop: bool,
@@ -181,6 +191,8 @@ def agent(
             rack=rack,
             upload_limit_bytes_s=upload_limit,
             download_limit_bytes_s=download_limit,
+            prefetch=prefetch,
+            prefetch_memory_bytes=prefetch_memory,
         )
         _check_key(settings)
         if not detach:
@@ -255,6 +267,13 @@ def _print_status(report: dict[str, Any]) -> None:
         console.print(f"swarm    node {swarm['node_id'][:8]}, tracker {swarm['tracker']}{state}")
         for found in swarm["swarms"]:
             console.print(f"swarm    {found['image_id'][:12]}: {found['members']} nodes")
+    ahead = report["prefetch"]
+    if ahead is not None and (ahead["chunks"] or ahead["misses"] or ahead["boots_sent"]):
+        console.print(
+            f"prefetch {ahead['chunks']} chunks, {size_text(ahead['bytes'])}: {ahead['hits']} read so far, "
+            f"{ahead['wasted']} not; {ahead['misses']} misses; {size_text(ahead['pushed_bytes'])} in the page cache; "
+            f"{ahead['boots_sent']} boots learned"
+        )
     lost = [name for name, there in report["kernel"].items() if not there]
     if lost:
         console.print(f"kernel   has no {', '.join(lost)}")

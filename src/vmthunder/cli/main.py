@@ -19,6 +19,7 @@ COMMANDS: Mapping[str, str] = {
     "verify": "vmthunder.cli.images:verify",
     "rm": "vmthunder.cli.images:rm",
     "gc": "vmthunder.cli.images:gc",
+    "profile": "vmthunder.cli.profile:profile",
     "server": "vmthunder.cli.server:server",
     "swarm": "vmthunder.cli.swarm:swarm",
     "agent": "vmthunder.cli.agent:agent",

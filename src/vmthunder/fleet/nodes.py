@@ -43,7 +43,7 @@ async def known_nodes(tracker_url: str, key: ClusterKey) -> list[FleetNode]:
     """
     tracker = TrackerClient(tracker_url, key.token)
     try:
-        answer = await tracker.request("GET", "/swarm", timeout_s=TRACKER_S)
+        answer = await tracker.ask("GET", "/swarm", timeout_s=TRACKER_S)
     finally:
         tracker.close()
     try:

@@ -129,6 +129,10 @@ class AgentClient:
         """Remove the local copy; `freed_bytes` in the result. Raises NotFound, InvalidName, Conflict (in use)."""
         return self._ask("dematerialize", image=name)
 
+    def booted(self, image_id: str) -> None:
+        """A guest of this image is ready: what it reads from now on is not its boot."""
+        self._ask("booted", timeout_s=ANSWER_S, image=image_id)
+
     def restart(self, timeout_s: float = 60) -> dict[str, Any]:
         """Hand over to a new worker; returns the status of the new one. Raises Conflict if the keeper is gone."""
         before = self._ask("restart", timeout_s=ANSWER_S)["restarts"]

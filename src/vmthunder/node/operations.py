@@ -14,6 +14,7 @@ from vmthunder.node.control import Handler, Progress
 from vmthunder.node.imagefs import SUFFIX
 from vmthunder.node.materialized import MaterializedImages
 from vmthunder.node.mountstate import MountState
+from vmthunder.node.prefetch import Prefetcher
 
 
 class Operations:
@@ -27,6 +28,7 @@ class Operations:
         state: MountState,
         status: Callable[[], dict[str, Any]],
         leave: Callable[[Leave], None],
+        prefetcher: Prefetcher | None,
     ) -> None:
         self._handoff = handoff
         self._catalogue = catalogue
@@ -34,6 +36,7 @@ class Operations:
         self._state = state
         self._status = status
         self._leave = leave
+        self._prefetcher = prefetcher
 
     def handlers(self) -> dict[str, Handler]:
         return {
@@ -41,6 +44,7 @@ class Operations:
             "resolve": self.resolve,
             "materialize": self.materialize,
             "dematerialize": self.dematerialize,
+            "booted": self.booted,
             "restart": self.restart,
             "stop": self.stop,
         }
@@ -82,6 +86,14 @@ class Operations:
                 f"image {text} is open {len(node.handles)} times from its local copy; stop those guests first"
             )
         return {"image_id": image.hex(), "freed_bytes": self._materialized.remove(image)}
+
+    async def booted(self, request: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
+        """A guest of this image is ready: what it reads from now on is not its boot."""
+        del progress
+        image = image_id(request["image"])
+        if self._prefetcher is not None:
+            self._prefetcher.ready(image)
+        return {"image_id": image.hex()}
 
     async def restart(self, request: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
         del request, progress

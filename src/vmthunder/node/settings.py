@@ -61,6 +61,10 @@ class AgentSettings:
     """To all peers together; 0: none."""
     download_limit_bytes_s: int = 0
     """From peers and origin together; 0: none."""
+    prefetch: bool = True
+    """Whether to learn what boots read, and to bring it here before a guest asks."""
+    prefetch_memory_bytes: int = 256 << 20
+    """Of prefetched chunks in the page cache."""
 
     def __post_init__(self) -> None:
         for path in (self.mount, self.state_dir, self.run_dir, *filter(None, (self.cluster_key,))):
@@ -68,7 +72,10 @@ class AgentSettings:
                 raise Usage(f"{path} is not an absolute path")
         if len(os.fsencode(self.socket)) > MAX_SOCKET_CHARS:
             raise Usage(f"run directory {self.run_dir} is too long for a unix socket; choose a shorter --run-dir")
-        if self.cache_bytes < 0 or self.decoded_bytes < 0 or not 0 <= self.lookup_timeout_s < 1e9:
+        if (
+            min(self.cache_bytes, self.decoded_bytes, self.prefetch_memory_bytes) < 0
+            or not 0 <= self.lookup_timeout_s < 1e9
+        ):
             raise Usage("sizes and time-outs of an agent must not be negative")
         if self.tracker is not None and self.cluster_key is None:
             raise Usage(

@@ -45,6 +45,7 @@ class Status:
         pusher: Pusher,
         stall: Stall,
         swarm: Callable[[], dict[str, Any] | None],
+        prefetch: Callable[[], dict[str, Any] | None],
     ) -> None:
         self._settings = settings
         self._handoff = handoff
@@ -59,6 +60,7 @@ class Status:
         self._pusher = pusher
         self._stall = stall
         self._swarm = swarm
+        self._prefetch = prefetch
 
     def snapshot(self) -> dict[str, Any]:
         agreed = self._handoff.negotiated
@@ -81,6 +83,7 @@ class Status:
             "fetch": asdict(self._fetcher.stats)
             | {"origin_requests": self._origin.requests, "stalled_s": round(self._stall.total_s, 6)},
             "pushed": {"bytes": self._pusher.pushed_bytes, "dropped": self._pusher.dropped},
+            "prefetch": self._prefetch(),
             "swarm": self._swarm(),
             "waiting": self._catalogue.waiting() + self._fetcher.waiting(),
             "rss_bytes": int(Path("/proc/self/statm").read_text().split()[1]) * _PAGE_BYTES,

@@ -9,15 +9,16 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
-from typing import Final, TypeAlias
+from typing import Any, Final, TypeAlias
 
 from vmthunder.errors import OriginUnavailable, VMThunderError
 from vmthunder.ids import Buffer, ImageId, NodeId
 from vmthunder.image.manifest import ChunkRow, Manifest
 from vmthunder.node.limits import RateLimit
-from vmthunder.node.source import Delivery, Errand, OriginSource
+from vmthunder.node.source import Delivery, OriginSource
+from vmthunder.node.turns import Errand, pace
 from vmthunder.peer.frames import Busy, LocalProtocolError, NotHere, Reason, Route
-from vmthunder.peer.link import LinkLost
+from vmthunder.peer.link import Link, LinkLost, Waiter
 from vmthunder.peer.pool import Pool
 from vmthunder.swarm.rank import Ranking, Source
 from vmthunder.swarm.search import Ask, Search
@@ -59,9 +60,7 @@ class SwarmSource:
 
     async def fetch(self, image: Manifest, run: Sequence[ChunkRow], errand: Errand) -> Sequence[Delivery]:
         """Raises OriginUnavailable: neither the origin nor any peer delivers."""
-        wait_s = self._download.reserve(sum(row.encoded_bytes for row in run), self.clock())
-        if wait_s:
-            await asyncio.sleep(wait_s)
+        await pace(self._download, sum(row.encoded_bytes for row in run), errand, self.clock)
         roster = self._swarm(image)
         if roster is None or len(run) > 1:
             return await self.origin.fetch(image, run, errand)
@@ -93,23 +92,26 @@ class _Asking:
         self._errand = errand
         self._members = roster.members
         self._route = Route(image.image_id, roster.version.epoch, stripe, errand.hops, errand.priority)
-        self._search = Search(source.ranking, ancestors, roster.members, row.encoded_bytes, source.clock())
+        self._sent: list[tuple[Link, Waiter]] = []
+        self._search = Search(source.ranking, ancestors, roster.members, source.clock(), background=errand.background)
         self._asked: dict[asyncio.Future[Answer], Source] = {}
         self._why = "there is no source"
 
     async def deliver(self) -> Delivery:
+        hurried: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._errand.when_hurried(lambda: self._hurry(hurried))
         try:
             while True:
                 if not self._asked and not self._ask(self._search.ask_next(self._source.clock())):
                     raise OriginUnavailable(f"no source delivers: {self._why}")
-                done, _ = await asyncio.wait(
-                    self._asked,
-                    timeout=self._search.patience_s(self._source.clock()),
-                    return_when=asyncio.FIRST_COMPLETED,
-                )
+                events: set[asyncio.Future[Any]] = {*self._asked, hurried}
+                if hurried.done():
+                    events.remove(hurried)
+                patience_s = self._search.patience_s(self._source.clock())
+                done, _ = await asyncio.wait(events, timeout=patience_s, return_when=asyncio.FIRST_COMPLETED)
                 if not done:
-                    self._ask(self._search.late(self._source.clock()))
-                for future in done:
+                    self._ask(self._search.late(self._source.clock(), self._row.encoded_bytes))
+                for future in self._asked.keys() & done:
                     delivery = self._hear(future)
                     if delivery is not None:
                         return delivery
@@ -117,6 +119,14 @@ class _Asking:
             # Whoever was asked in vain is told so, and need not send.
             for future in self._asked:
                 future.cancel()
+
+    def _hurry(self, hurried: "asyncio.Future[None]") -> None:
+        """Somebody waits from now on: whoever was asked is told."""
+        for link, waiter in self._sent:
+            link.hurry(waiter)
+        self._search.hurried(self._source.clock())
+        if not hurried.done():
+            hurried.set_result(None)
 
     def _ask(self, ask: Ask | None) -> bool:
         if ask is not None:
@@ -127,7 +137,7 @@ class _Asking:
         link = None if source is None else self._source.pool.get(source)
         if link is not None:
             try:
-                return link.get(self._route, [(self._row.chunk_id, self._row.encoded_bytes)])[0]  # type: ignore[return-value]
+                return self._send(link)  # type: ignore[return-value]
             except (LinkLost, LocalProtocolError) as error:
                 # Gone in this moment, or as many requests are unanswered as may be.
                 failed: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
@@ -143,8 +153,15 @@ class _Asking:
         member = self._members.get(node)
         if member is None:
             raise LinkLost(f"node {node.hex()} has left the swarm")
-        link = await self._source.pool.reach(member)
-        return await link.get(self._route, [(self._row.chunk_id, self._row.encoded_bytes)])[0]
+        return await self._send(await self._source.pool.reach(member))
+
+    def _send(self, link: Link) -> Waiter:
+        """Raises LinkLost, LocalProtocolError."""
+        route = self._route._replace(priority=self._errand.priority)
+        (waiter,) = link.get(route, [(self._row.chunk_id, self._row.encoded_bytes)])
+        if self._errand.background:
+            self._sent.append((link, waiter))
+        return waiter
 
     def _hear(self, future: "asyncio.Future[Answer]") -> Delivery | None:
         source = self._asked.pop(future)
@@ -158,7 +175,7 @@ class _Asking:
             return None
         answer = future.result()
         if not isinstance(answer, NotHere | Busy):
-            self._search.delivered(source, now_s)
+            self._search.delivered(source, len(answer), now_s)
             return Delivery(answer, source)
         if isinstance(answer, Busy):
             self._source.ranking.busy(source, answer.retry_after_s, now_s)
