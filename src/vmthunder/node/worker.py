@@ -23,7 +23,7 @@ from vmthunder.fuse.handoff import Cause, Handoff, Leave
 from vmthunder.fuse.memory import prepare_worker_memory
 from vmthunder.fuse.session import Session
 from vmthunder.fuse.writable import WritableSession
-from vmthunder.ids import Buffer, ImageId
+from vmthunder.ids import Buffer, ChunkId, ImageId
 from vmthunder.image.manifest import Manifest
 from vmthunder.node import control
 from vmthunder.node.background import Background
@@ -39,7 +39,9 @@ from vmthunder.node.mountstate import MountState, Node
 from vmthunder.node.novabase import NovaBase
 from vmthunder.node.novaimages import NovaImages
 from vmthunder.node.operations import Operations
+from vmthunder.node.orders import Orders, read_pins
 from vmthunder.node.peers import Peers
+from vmthunder.node.policy import Part
 from vmthunder.node.prefetch import Prefetcher
 from vmthunder.node.pusher import Pusher
 from vmthunder.node.realfiles import RealFiles
@@ -98,6 +100,8 @@ async def _serve(settings: AgentSettings, handoff: Handoff) -> Leave:
             state = _mount_state(settings, handoff)
             cache = ChunkCache(settings.state_dir, settings.cache_bytes)
             stack.callback(cache.close)
+            pins = read_pins(settings.state_dir / "pins")
+            cache.pin(frozenset[ChunkId]().union(*pins.values()))
             await asyncio.to_thread(cache.recover)
             decoded = DecodedChunks(settings.decoded_bytes)
             origin_source = OriginSource(origin)
@@ -123,22 +127,28 @@ async def _serve(settings: AgentSettings, handoff: Handoff) -> Leave:
 
         swarms = peers.membership if peers else None
         files = ImageFileSystem(catalogue, materialized, state, open_image, LocalImage, swarms, opened)
-        real = None
+
+        async def complete(manifest: Manifest) -> None:
+            """First the chunks, in the background, then the file: a guest's boot waits for neither."""
+            order = orders_here.place(manifest.image_id, Part.FULL, 0)
+            if order.task is not None:
+                await asyncio.wait([order.task])  # A cache too small for all of it is no reason to give up.
+            await materialized.make(manifest, _unwatched)
+
+        real = nova = None
         if settings.base_fd is None:
-            session = Session(handoff.fuse_fd, handoff.negotiated, files, loop)
+            session: Session = Session(handoff.fuse_fd, handoff.negotiated, files, loop)
         else:
             with _explained(settings):
                 nova = NovaImages(
                     settings.nova_dir,
                     catalogue,
                     materialized,
-                    lambda manifest: materialized.make(manifest, _unwatched),
+                    complete,
                     complete_after_s=settings.complete_after_s,
                 )
                 real = RealFiles(settings.base_fd, settings.real_state_file, resume=handoff.cause is not Cause.START)
             stack.callback(real.close)
-            nova.start()
-            stack.push_async_callback(nova.close)
             session = WritableSession(handoff.fuse_fd, handoff.negotiated, NovaBase(real, files, nova, state), loop)
         if handoff.negotiated.passthrough:
             files.backing = session
@@ -150,12 +160,18 @@ async def _serve(settings: AgentSettings, handoff: Handoff) -> Leave:
             stack.push_async_callback(peers.close)
             await peers.open(fetcher, cache, catalogue, needed=handoff.cause is Cause.START)
 
+        background = Background(fetcher)
+        profiles = _profiles(settings, origin, key)
+        stack.callback(profiles.close)
+        orders_here = Orders(settings.state_dir, pins, background, cache, catalogue, profiles, swarms)
+        stack.push_async_callback(orders_here.close)
+        if nova is not None:
+            stack.push_async_callback(nova.close)
+            nova.start()
         prefetcher = None
         if settings.prefetch:
-            profiles = _profiles(settings, origin, key)
-            stack.callback(profiles.close)
             prefetcher = Prefetcher(
-                Background(fetcher),
+                background,
                 fetcher,
                 profiles,
                 node_id(settings.node_id_file),
@@ -164,6 +180,7 @@ async def _serve(settings: AgentSettings, handoff: Handoff) -> Leave:
                 catalogue.manifest,
                 swarms.settled if swarms else _nothing_to_wait_for,
                 warm={node.number for node in state.nodes()},
+                hydrate_bytes_s=settings.hydrate_bytes_s,
             )
             stack.push_async_callback(prefetcher.close)
 
@@ -175,18 +192,21 @@ async def _serve(settings: AgentSettings, handoff: Handoff) -> Leave:
 
         status = Status(
             settings, handoff, state, files, catalogue, materialized, cache, decoded, fetcher, origin_source, pusher,
-            stall, swarm_status, prefetch_status,
+            stall, swarm_status, prefetch_status, orders_here.status,
         )  # fmt: skip
-        operations = Operations(handoff, catalogue, materialized, state, status.snapshot, orders.put_nowait, prefetcher)
+        operations = Operations(
+            handoff, catalogue, materialized, state, status.snapshot, orders.put_nowait, prefetcher, orders_here
+        )
 
         prepare_worker_memory()
         session.start(resend=handoff.cause is not Cause.START)
         stack.push_async_callback(session.close)
+        orders_here.start(settings.policy)
         server = await control.serve(settings.socket, operations.handlers())
         stack.callback(server.close)
         if peers is not None and key is not None and settings.control_listen is not None:
             with _forgiven(unless=handoff.cause is Cause.START):
-                remote, port = await listen(settings, key, status.snapshot)
+                remote, port = await listen(settings, key, status.snapshot, operations.precache)
                 stack.callback(remote.close)
                 peers.membership.announce(port)
         handoff.ready()
