@@ -6,12 +6,14 @@ import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
+from pathlib import Path
 
 from vmthunder.ids import ChunkId, ImageId, PackId, digest
 from vmthunder.image.chunk import encode
 from vmthunder.image.manifest import ChunkRow, Manifest, ManifestBuilder
 from vmthunder.image.pack import PackBuilder
 from vmthunder.node.cache import ChunkCache
+from vmthunder.node.segments import SEGMENT_UNITS, UNIT_BYTES
 
 CHUNK_BYTES = 4096
 
@@ -107,9 +109,25 @@ async def settled(condition: Callable[[], object], deadline_s: float = 10.0) -> 
 
 
 def make_cold(cache: ChunkCache, *ids: ChunkId) -> None:
-    """Take the files of chunks out of the page cache."""
-    for name in map(bytes.hex, ids):
-        descriptor = os.open(cache.directory / "chunks" / name[:2] / name, os.O_RDONLY)
+    """Take chunks out of the page cache."""
+    for chunk_id in ids:
+        file, offset, size_bytes = place_of(cache, chunk_id)
+        descriptor = os.open(file, os.O_RDONLY)
         os.fsync(descriptor)
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.posix_fadvise(descriptor, offset, size_bytes, os.POSIX_FADV_DONTNEED)
         os.close(descriptor)
+
+
+def place_of(cache: ChunkCache, chunk_id: ChunkId) -> tuple[Path, int, int]:
+    """The file in which a chunk of the cache is stored, its offset there and its size."""
+    found = cache._queues.find(chunk_id)
+    assert found is not None
+    place, size_bytes = found
+    return cache.directory / "chunks" / f"{place // SEGMENT_UNITS:08d}", place % SEGMENT_UNITS * UNIT_BYTES, size_bytes
+
+
+def flip(file: Path, offset: int) -> None:
+    """Damage one bit of a file."""
+    descriptor = os.open(file, os.O_RDWR)
+    os.pwrite(descriptor, bytes([os.pread(descriptor, 1, offset)[0] ^ 1]), offset)
+    os.close(descriptor)

@@ -20,7 +20,7 @@ def cache(tmp_path: Path, image: Image) -> Iterator[ChunkCache]:
     """A cache that holds every chunk of the image."""
     cache = ChunkCache(tmp_path, 1 << 20)
     for row in image.rows(0, 32):
-        cache.commit(row.chunk_id, image.packs[row.pack][row.offset :][: row.encoded_bytes])
+        cache.commit([(row.chunk_id, image.packs[row.pack][row.offset :][: row.encoded_bytes])])
     yield cache
     cache.close()
 

@@ -10,6 +10,7 @@ MNT_FORCE, MNT_DETACH = 1, 2
 MCL_CURRENT, MCL_FUTURE, MCL_ONFAULT = 1, 2, 4
 _PR_SET_THP_DISABLE = 41
 _CLONE_FILES = 0x400
+_FALLOC_FL_KEEP_SIZE, _FALLOC_FL_PUNCH_HOLE = 1, 2
 
 
 def _check(result: int, path: str | None = None) -> None:
@@ -37,6 +38,12 @@ def mlockall(flags: int) -> None:
 def disable_huge_pages() -> None:
     """Keep this process free of transparent huge pages. Raises OSError."""
     _check(_libc.prctl(_PR_SET_THP_DISABLE, ctypes.c_ulong(1), *[ctypes.c_ulong(0)] * 3))
+
+
+def punch_hole(descriptor: int, offset: int, length_bytes: int) -> None:
+    """fallocate(2): make a hole, the file's size stays. Raises OSError."""
+    arguments = (ctypes.c_int(_FALLOC_FL_PUNCH_HOLE | _FALLOC_FL_KEEP_SIZE), ctypes.c_int64(offset))
+    _check(_libc.fallocate(descriptor, *arguments, ctypes.c_int64(length_bytes)))
 
 
 def unshare_files() -> None:

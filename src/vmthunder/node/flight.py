@@ -93,8 +93,7 @@ def unpack(image: Manifest, rows: Sequence[ChunkRow], deliveries: Sequence[Deliv
 
 def store(cache: ChunkCache, chunks: Sequence[tuple[ChunkRow, Buffer]]) -> None:
     """Verified chunks into the cache."""
-    for row, data in chunks:
-        cache.commit(row.chunk_id, data)
+    cache.commit([(row.chunk_id, data) for row, data in chunks])
 
 
 def _decoded(data: Buffer, want: Want) -> Outcome:
