@@ -3,7 +3,7 @@
 import asyncio
 import os
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
@@ -108,14 +108,24 @@ async def settled(condition: Callable[[], object], deadline_s: float = 10.0) -> 
             await asyncio.sleep(0.001)
 
 
-def make_cold(cache: ChunkCache, *ids: ChunkId) -> None:
-    """Take chunks out of the page cache."""
-    for chunk_id in ids:
-        file, offset, size_bytes = place_of(cache, chunk_id)
+def make_cold(cache: ChunkCache, but: Sequence[ChunkId] = ()) -> None:
+    """Take all chunks out of the page cache: one alone may be in a folio with its neighbours. Read some again."""
+    for file in (cache.directory / "chunks").iterdir():
         descriptor = os.open(file, os.O_RDONLY)
         os.fsync(descriptor)
-        os.posix_fadvise(descriptor, offset, size_bytes, os.POSIX_FADV_DONTNEED)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         os.close(descriptor)
+    for chunk_id in but:
+        read_alone(cache, chunk_id)
+
+
+def read_alone(cache: ChunkCache, chunk_id: ChunkId, size_bytes: int = 1 << 30) -> None:
+    """Bring a chunk, or as much of it, into the page cache, and nothing with it."""
+    file, offset, whole_bytes = place_of(cache, chunk_id)
+    descriptor = os.open(file, os.O_RDONLY)
+    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)  # no read-ahead
+    os.pread(descriptor, min(size_bytes, whole_bytes), offset)
+    os.close(descriptor)
 
 
 def place_of(cache: ChunkCache, chunk_id: ChunkId) -> tuple[Path, int, int]:

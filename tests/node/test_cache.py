@@ -13,7 +13,7 @@ import pytest
 
 from node import committer
 from node.committer import content
-from node.images import flip, make_cold, place_of
+from node.images import flip, make_cold, place_of, read_alone
 from vmthunder.errors import Conflict, Failure, MissingTool, NoSpace, NotPermitted
 from vmthunder.ids import ChunkId, digest
 from vmthunder.node import segments
@@ -258,7 +258,7 @@ def test_a_load_that_may_not_wait_answers_only_from_the_page_cache(directory: Pa
         data = cache.load(chunk_id, wait=False)
         assert data is not None
         assert data == content(1)
-        make_cold(cache, chunk_id)
+        make_cold(cache)
         assert cache.load(chunk_id, wait=False) is None
         assert chunk_id in cache
         assert loaded(cache, chunk_id) == content(1)
@@ -269,12 +269,8 @@ def test_a_file_that_is_in_the_page_cache_in_part_is_not_taken_for_a_damaged_one
     data = random.Random(1).randbytes(60_000)
     with opened(directory) as cache:
         chunk_id = commit(cache, data)
-        make_cold(cache, chunk_id)
-        file, offset, _ = place_of(cache, chunk_id)
-        descriptor = os.open(file, os.O_RDONLY)
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)  # no read-ahead
-        os.pread(descriptor, 4096, offset)
-        os.close(descriptor)
+        make_cold(cache)
+        read_alone(cache, chunk_id, 4096)
         assert cache.load(chunk_id, wait=False) is None
         assert cache.stats()["corrupt"] == 0
         assert loaded(cache, chunk_id) == data

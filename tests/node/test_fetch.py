@@ -331,13 +331,15 @@ async def test_a_chunk_that_is_being_loaded_is_not_decoded_a_second_time(nodes: 
     free = threading.Event()
     for _ in range(LOADERS):
         node.fetcher._loaders.submit(free.wait)
-    make_cold(node.cache, *(row.chunk_id for row in image.rows(0, 4)))
-    readers = [node.start(image, 0, 4), node.start(image, 2, 2)]
-    await settled(lambda: node.fetcher._flights)
-    for row in image.rows(0, 4):
-        assert node.cache.load(row.chunk_id)  # in the page cache again
-    assert node.fetcher.read_now(image.manifest, image.rows(1, 1)) is None
-    free.set()
+    try:
+        make_cold(node.cache)
+        readers = [node.start(image, 0, 4), node.start(image, 2, 2)]
+        await settled(lambda: node.fetcher._flights)
+        for row in image.rows(0, 4):
+            assert node.cache.load(row.chunk_id)  # in the page cache again
+        assert node.fetcher.read_now(image.manifest, image.rows(1, 1)) is None
+    finally:
+        free.set()
     assert await asyncio.gather(*readers) == [image.slices(0, 4), image.slices(2, 2)]
     assert node.fetcher.stats.chunks_decoded == 4
 

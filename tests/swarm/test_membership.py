@@ -231,7 +231,7 @@ async def shown(server: Server) -> Any:
     """What the tracker shows to operators."""
     client = TrackerClient(server.url, server.key.token)
     try:
-        return json.loads(await client.request("GET", "/swarm", timeout_s=5))["swarms"]
+        return json.loads(await client.ask("GET", "/swarm", timeout_s=5))["swarms"]
     finally:
         client.close()
 
@@ -272,7 +272,7 @@ async def test_1000_idle_nodes_cost_the_tracker_a_fraction_of_a_core(server: Ser
 
     async def ask(number: int, what: str, message: dict[str, Any]) -> bytes:
         body = json.dumps(message).encode()
-        return await clients[number].request("POST", f"/swarm/{what}", body, timeout_s=30)
+        return await clients[number].ask("POST", f"/swarm/{what}", body, timeout_s=30)
 
     await in_parts(
         lambda number: ask(number, "join", encode_join(Join(IMAGE, Member(node(number), "", "10.0.0.1", 7000), None)))

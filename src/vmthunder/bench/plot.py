@@ -1,4 +1,4 @@
-"""A picture of a boot benchmark: a bar per row, a dot per round. Needs the extra `plot` (matplotlib)."""
+"""Pictures of benchmarks. Need the extra `plot` (matplotlib)."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +16,7 @@ def require_plot() -> None:
 
 
 def plot_boot(result: Mapping[str, Any], path: Path) -> None:
-    """Draw the result of `bench_boot`; the format follows the file's suffix. Raises OSError."""
+    """Draw the result of `bench_boot`: a bar per row, a dot per round; the suffix says the format. Raises OSError."""
     from matplotlib.figure import Figure
 
     rows = result["rows"][::-1]  # the first row on top
@@ -28,5 +28,26 @@ def plot_boot(result: Mapping[str, Any], path: Path) -> None:
     for row in rows:
         axes.plot(row["rounds_s"], [row["name"]] * len(row["rounds_s"]), "k.", markersize=4)
     axes.set_xlabel("seconds to the guest's ready mark: median (bar), rounds (dots)")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path)
+
+
+def plot_storm(result: Mapping[str, Any], path: Path) -> None:
+    """Draw the result of `bench_storm`: a line per row, from the first to the last node. Raises OSError."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    for name in dict.fromkeys(row["name"] for row in result["rows"]):
+        rows = [row for row in result["rows"] if row["name"] == name]
+        nodes = [row["nodes"] for row in rows]
+        spread = [[row["median_s"] - row["min_s"] for row in rows], [row["max_s"] - row["median_s"] for row in rows]]
+        axes.errorbar(nodes, [row["median_s"] for row in rows], spread, marker="o", markersize=4, capsize=3, label=name)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(nodes, [str(count) for count in nodes])
+    axes.set_xlabel(f"nodes that boot at once, links of {result['machine']['rate']}")
+    axes.set_ylabel("seconds to ready: median, first and last node")
+    axes.set_ylim(bottom=0)
+    axes.legend()
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path)

@@ -13,6 +13,7 @@ from vmthunder.cli.main import LazyGroup
         "read": "vmthunder.cli.bench_read:read",
         "boot": "vmthunder.cli.bench_boot:boot",
         "publish": "vmthunder.cli.bench_publish:publish",
+        "storm": "vmthunder.cli.bench_storm:storm",
         "spread": "vmthunder.cli.bench_spread:spread",
     },
 )

@@ -48,7 +48,7 @@ async def ask_tracker(url: str, key: ClusterKey | None, timeout_s: float) -> byt
     """Its swarms, as it says it. Raises what `TrackerClient` raises."""
     client = TrackerClient(url, key and key.token)
     try:
-        return await client.request("GET", "/swarm", timeout_s=timeout_s)
+        return await client.ask("GET", "/swarm", timeout_s=timeout_s)
     finally:
         client.close()
 

@@ -68,6 +68,9 @@ class S3Fifo:
         self._main: deque[ChunkId] = deque()
         self._ghost: dict[ChunkId, None] = {}
         self._clock = 0
+        self._pinned: frozenset[ChunkId] = frozenset()
+        self._pinned_bytes = 0
+        """Of those that are here; they are all in main, where they go round and round."""
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -94,16 +97,26 @@ class S3Fifo:
         fits = self.used_bytes + size_bytes <= self.quota_bytes
         return fits and self.used_bytes - self._small_bytes + size_bytes <= self.quota_bytes - self._small_quota
 
+    def pin(self, chunk_ids: frozenset[ChunkId]) -> None:
+        """These are never let go from now on, and no others."""
+        self._pinned, self._pinned_bytes = chunk_ids, 0
+        for chunk_id in chunk_ids:
+            entry = self._entries.get(chunk_id)
+            if entry is not None:
+                self._pinned_bytes += self.space_bytes(entry & _SIZE_MASK)
+                if not entry & _MAIN:
+                    self._promote(chunk_id, entry)
+
     def make_room(self, chunk_id: ChunkId, size_bytes: int) -> Room | None:
         """Let chunks go until `size_bytes` more fit. None, and nothing changes, where they never will."""
         space = self.space_bytes(size_bytes)
-        if not 0 < size_bytes <= _SIZE_MASK or space > self.quota_bytes:
+        if not 0 < size_bytes <= _SIZE_MASK or space > self.quota_bytes - self._pinned_bytes:
             return None
         main_has_room = self.used_bytes - self._small_bytes + space <= self.quota_bytes - self._small_quota
-        room = Room([], chunk_id in self._ghost or main_has_room)
+        room = Room([], chunk_id in self._pinned or chunk_id in self._ghost or main_has_room)
         small_limit = self._small_quota - (0 if room.to_main else space)
         while self.used_bytes + space > self.quota_bytes:
-            if self._small_bytes > max(small_limit, 0) or self._small_bytes == self.used_bytes:
+            if self._small_bytes > max(small_limit, 0) or self._small_bytes + self._pinned_bytes == self.used_bytes:
                 self._advance_small(room.evicted)
             else:
                 self._advance_main(room.evicted)
@@ -117,6 +130,8 @@ class S3Fifo:
         self._entries[chunk_id] = place << _PLACE_SHIFT | self._clock << _CLOCK_SHIFT | main | size_bytes
         space = self.space_bytes(size_bytes)
         self.used_bytes += space
+        if chunk_id in self._pinned:
+            self._pinned_bytes += space
         if to_main:
             self._main.append(chunk_id)
         else:
@@ -134,6 +149,8 @@ class S3Fifo:
             return None
         space = self.space_bytes(entry & _SIZE_MASK)
         self.used_bytes -= space
+        if chunk_id in self._pinned:
+            self._pinned_bytes -= space
         if not entry & _MAIN:
             self._small_bytes -= space
         return Kept(chunk_id, entry >> _PLACE_SHIFT, entry & _SIZE_MASK)
@@ -155,22 +172,25 @@ class S3Fifo:
         if entry is None or entry & _MAIN:
             return
         if entry & _USES_MASK:
-            self._entries[chunk_id] = (entry & ~_USES_MASK) | _MAIN
-            self._small_bytes -= self.space_bytes(entry & _SIZE_MASK)
-            self._main.append(chunk_id)
+            self._promote(chunk_id, entry & ~_USES_MASK)
             return
         self._evict(chunk_id, evicted)
         self._ghost[chunk_id] = None
         if len(self._ghost) > max(len(self._main), 1):
             del self._ghost[next(iter(self._ghost))]
 
+    def _promote(self, chunk_id: ChunkId, entry: int) -> None:
+        self._entries[chunk_id] = entry | _MAIN
+        self._small_bytes -= self.space_bytes(entry & _SIZE_MASK)
+        self._main.append(chunk_id)
+
     def _advance_main(self, evicted: list[Kept]) -> None:
         chunk_id = self._main.popleft()
         entry = self._entries.get(chunk_id)
         if entry is None or not entry & _MAIN:
             return
-        if entry & _USES_MASK:
-            self._entries[chunk_id] = entry - _ONE_USE
+        if chunk_id in self._pinned or entry & _USES_MASK:
+            self._entries[chunk_id] = entry - (_ONE_USE if entry & _USES_MASK else 0)
             self._main.append(chunk_id)
             return
         self._evict(chunk_id, evicted)

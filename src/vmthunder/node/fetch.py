@@ -25,8 +25,10 @@ from vmthunder.image.manifest import ChunkRow, Manifest
 from vmthunder.node.backoff import delay_s
 from vmthunder.node.cache import ChunkCache
 from vmthunder.node.decoded import DecodedChunks, Want
-from vmthunder.node.flight import DEMAND, Flight, Outcome, load, slice_of, store, unpack, want_of
-from vmthunder.node.source import ChunkSource, Delivery, Errand
+from vmthunder.node.flight import Flight, Outcome, load, slice_of, store, unpack, want_of
+from vmthunder.node.source import ChunkSource, Delivery
+from vmthunder.node.turns import Errand
+from vmthunder.peer.frames import Priority
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +56,8 @@ class FetchStats:
     chunks_decoded: int = 0
     bytes_from_origin: int = 0
     bytes_from_peers: int = 0
+    hurried: int = 0
+    """Background flights that a reader, here or on another node, began to wait for."""
     wrong_bytes: int = 0
     """Chunks from a source that were not what was asked for."""
 
@@ -81,6 +85,8 @@ class Fetcher:
     ) -> None:
         """Needs a running event loop. `clock` gives seconds, `rng` numbers in [0, 1)."""
         self.stats = FetchStats()
+        self.urgent = 0
+        """Flights from a source that somebody waits for now."""
         self._source = source
         self._cache = cache
         self._decoded = decoded
@@ -145,6 +151,7 @@ class Fetcher:
                 if want in self._decoded:
                     outcomes[want] = self._recall(want)
                 elif (flight := self._flights.get(want)) is not None:
+                    flight.errand.hurry()
                     waiting.add(flight)
                 else:
                     missing[want] = row
@@ -156,6 +163,16 @@ class Fetcher:
             for flight in waiting:
                 flight.landed.result()
                 outcomes.update(flight.outcomes)
+
+    def bring(self, image: Manifest, rows: Iterable[ChunkRow]) -> list[Flight]:
+        """Flights that nobody waits for yet, for those of `rows` that are neither here nor in flight."""
+        missing = {want_of(image, row): row for row in rows if not self.is_near(image, row)}
+        return self._start(image, missing.values(), Errand(priority=Priority.BACKGROUND))
+
+    def is_near(self, image: Manifest, row: ChunkRow) -> bool:
+        """Whether a chunk is here already, or on its way."""
+        want = want_of(image, row)
+        return row.chunk_id in self._cache or want in self._decoded or want in self._flights
 
     def encoded_now(self, chunk_id: ChunkId) -> Buffer | None:
         """A chunk's encoded bytes for a peer, if nothing must be waited for."""
@@ -175,6 +192,8 @@ class Fetcher:
                 flight = self._flights.get(want)
             if flight is None:
                 (flight,) = self._start(image, [row], errand)
+            elif not errand.background:
+                flight.errand.hurry()
             if not flight.landed.done():
                 await asyncio.wait([flight.landed])
             flight.landed.result()
@@ -201,7 +220,9 @@ class Fetcher:
                 "failures": flight.failures,
             }
             for flight in sorted(set(self._flights.values()), key=attrgetter("since_s"))
-            if not flight.landed.done() and (flight.failures or now_s - flight.since_s >= SLOW_S)
+            if not flight.landed.done()
+            and not flight.errand.background
+            and (flight.failures or now_s - flight.since_s >= SLOW_S)
         ]
 
     def _load_now(self, image: Manifest, rows: Collection[ChunkRow]) -> dict[Want, Outcome]:
@@ -223,8 +244,9 @@ class Fetcher:
         self._cache.touch(want[0])
         return self._decoded[want]
 
-    def _start(self, image: Manifest, rows: Iterable[ChunkRow], errand: Errand = DEMAND) -> list[Flight]:
-        """Flights for chunks that are neither decoded nor in flight, each on the nearest way."""
+    def _start(self, image: Manifest, rows: Iterable[ChunkRow], errand: Errand | None = None) -> list[Flight]:
+        """Flights for chunks that are neither decoded nor in flight, each on the nearest way and for such an errand."""
+        errand = errand or Errand()
         here: list[ChunkRow] = []
         away: list[ChunkRow] = []
         for row in rows:
@@ -234,12 +256,12 @@ class Fetcher:
             flights.append(flight := self._enter(image, here))
             self._launch(flight, self._load(flight))
         for run in self._source.runs(image, away):
-            flights.append(flight := self._enter(image, run, errand))
+            flights.append(flight := self._enter(image, run, Errand(errand.hops, errand.priority)))
             self._launch(flight, self._fetch(flight))
         return flights
 
-    def _enter(self, image: Manifest, rows: Sequence[ChunkRow], errand: Errand = DEMAND) -> Flight:
-        flight = Flight(image, rows, self._loop.create_future(), self._clock(), errand=errand)
+    def _enter(self, image: Manifest, rows: Sequence[ChunkRow], errand: Errand | None = None) -> Flight:
+        flight = Flight(image, rows, self._loop.create_future(), self._clock(), errand=errand or Errand())
         self._flights.update(dict.fromkeys(flight.wants(), flight))
         return flight
 
@@ -306,6 +328,10 @@ class Fetcher:
 
     async def _fetch(self, flight: Flight) -> None:
         """From the source: try until every chunk is here, and store them."""
+        if flight.errand.background:
+            flight.errand.when_hurried(lambda: self._hurried(flight))
+        else:
+            self._urge(flight)
         while True:
             if flight.failures:
                 await self._pause(flight.failures)
@@ -330,6 +356,19 @@ class Fetcher:
         self._remember(outcomes)
         self._land(flight, outcomes)
         await self._store(right)
+
+    def _hurried(self, flight: Flight) -> None:
+        flight.since_s = self._clock()
+        if not flight.landed.done():
+            self.stats.hurried += 1
+            self._urge(flight)
+
+    def _urge(self, flight: Flight) -> None:
+        self.urgent += 1
+        flight.landed.add_done_callback(self._calm)
+
+    def _calm(self, _landed: "asyncio.Future[None]") -> None:
+        self.urgent -= 1
 
     async def _store(self, chunks: Sequence[tuple[ChunkRow, Buffer]]) -> None:
         """Into the chunk cache. What waits for a slow disk has a bound: no more is fetched while it is exceeded."""

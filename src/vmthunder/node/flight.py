@@ -17,13 +17,11 @@ from vmthunder.image.chunk import decode, verify
 from vmthunder.image.manifest import ChunkRow, Manifest
 from vmthunder.node.cache import ChunkCache
 from vmthunder.node.decoded import Want
-from vmthunder.node.source import Delivery, Errand
+from vmthunder.node.source import Delivery
+from vmthunder.node.turns import Errand
 
 Outcome: TypeAlias = Buffer | CorruptChunk
 """A slice, or why there is none: the right bytes, which are not a chunk. No try can help: it was published so."""
-
-
-DEMAND = Errand()
 
 
 @dataclass(slots=True, eq=False)
@@ -42,7 +40,7 @@ class Flight:
     """Of the chunks that arrived, once landed. The others must be looked for again."""
     encoded: Mapping[ChunkId, Buffer] = field(default_factory=dict)
     """What a source sent of them, verified: for peers that ask before it is stored."""
-    errand: Errand = DEMAND
+    errand: Errand = field(default_factory=Errand)
 
     def wants(self) -> list[Want]:
         return [want_of(self.image, row) for row in self.rows]

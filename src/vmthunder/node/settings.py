@@ -61,14 +61,25 @@ class AgentSettings:
     """To all peers together; 0: none."""
     download_limit_bytes_s: int = 0
     """From peers and origin together; 0: none."""
+    prefetch: bool = True
+    """Whether to learn what boots read, and to bring it here before a guest asks."""
+    prefetch_memory_bytes: int = 256 << 20
+    """Of prefetched chunks in the page cache."""
+    policy: Path | None = None
+    """File of images that are to be kept here."""
+    hydrate_bytes_s: int | None = None
+    """Rate at which the rest of an image is brought here after a boot; 0: as fast as disturbs nobody; None: not at all."""
 
     def __post_init__(self) -> None:
-        for path in (self.mount, self.state_dir, self.run_dir, *filter(None, (self.cluster_key,))):
+        for path in (self.mount, self.state_dir, self.run_dir, *filter(None, (self.cluster_key, self.policy))):
             if not path.is_absolute():
                 raise Usage(f"{path} is not an absolute path")
         if len(os.fsencode(self.socket)) > MAX_SOCKET_CHARS:
             raise Usage(f"run directory {self.run_dir} is too long for a unix socket; choose a shorter --run-dir")
-        if self.cache_bytes < 0 or self.decoded_bytes < 0 or not 0 <= self.lookup_timeout_s < 1e9:
+        if (
+            min(self.cache_bytes, self.decoded_bytes, self.prefetch_memory_bytes) < 0
+            or not 0 <= self.lookup_timeout_s < 1e9
+        ):
             raise Usage("sizes and time-outs of an agent must not be negative")
         if self.tracker is not None and self.cluster_key is None:
             raise Usage(
@@ -107,7 +118,7 @@ class AgentSettings:
         """Raises Usage."""
         try:
             fields = json.loads(text)
-            paths = ("mount", "state_dir", "run_dir", "cluster_key")
+            paths = ("mount", "state_dir", "run_dir", "cluster_key", "policy")
             fields.update((key, Path(fields[key])) for key in paths if fields.get(key) is not None)
             return cls(**fields)
         except (ValueError, TypeError, KeyError, AttributeError) as error:

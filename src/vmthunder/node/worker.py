@@ -22,9 +22,11 @@ from vmthunder.errors import CorruptFile, Failure, NoSpace, VMThunderError
 from vmthunder.fuse.handoff import Cause, Handoff, Leave
 from vmthunder.fuse.memory import prepare_worker_memory
 from vmthunder.fuse.session import Session
-from vmthunder.ids import Buffer, ImageId
+from vmthunder.ids import Buffer, ChunkId, ImageId
 from vmthunder.image.manifest import Manifest
 from vmthunder.node import control
+from vmthunder.node.background import Background
+from vmthunder.node.budget import PushBudget
 from vmthunder.node.cache import ChunkCache
 from vmthunder.node.catalogue import Catalogue
 from vmthunder.node.decoded import DecodedChunks
@@ -34,7 +36,9 @@ from vmthunder.node.imagefs import ImageFileSystem
 from vmthunder.node.materialized import MaterializedImages
 from vmthunder.node.mountstate import MountState, Node
 from vmthunder.node.operations import Operations
+from vmthunder.node.orders import Orders, read_pins
 from vmthunder.node.peers import Peers
+from vmthunder.node.prefetch import Prefetcher
 from vmthunder.node.pusher import Pusher
 from vmthunder.node.remote import listen
 from vmthunder.node.settings import AgentSettings
@@ -42,6 +46,8 @@ from vmthunder.node.source import OriginSource
 from vmthunder.node.stall import Stall
 from vmthunder.node.status import Status
 from vmthunder.origin.origin import Origin
+from vmthunder.profile.client import ProfileClient
+from vmthunder.swarm.identity import node_id
 from vmthunder.swarm.key import ClusterKey
 
 log = logging.getLogger(__name__)
@@ -89,6 +95,8 @@ async def _serve(settings: AgentSettings, handoff: Handoff) -> Leave:
             state = _mount_state(settings, handoff)
             cache = ChunkCache(settings.state_dir, settings.cache_bytes)
             stack.callback(cache.close)
+            pins = read_pins(settings.state_dir / "pins")
+            cache.pin(frozenset[ChunkId]().union(*pins.values()))
             await asyncio.to_thread(cache.recover)
             decoded = DecodedChunks(settings.decoded_bytes)
             origin_source = OriginSource(origin)
@@ -105,10 +113,15 @@ async def _serve(settings: AgentSettings, handoff: Handoff) -> Leave:
             def push(offset: int, data: Buffer) -> None:
                 pusher.push(number, offset, data)
 
-            return OnDemandImage(manifest, fetcher, push, stall)
+            watch = None if prefetcher is None else prefetcher.watch(node, manifest)
+            return OnDemandImage(manifest, fetcher, push, stall, watch)
+
+        def opened(node: Node, direct: bool) -> None:
+            if prefetcher is not None:
+                prefetcher.opened(node, direct=direct)
 
         swarms = peers.membership if peers else None
-        files = ImageFileSystem(catalogue, materialized, state, open_image, LocalImage, swarms)
+        files = ImageFileSystem(catalogue, materialized, state, open_image, LocalImage, swarms, opened)
         session = Session(handoff.fuse_fd, handoff.negotiated, files, loop)
         if handoff.negotiated.passthrough:
             files.backing = session
@@ -118,23 +131,50 @@ async def _serve(settings: AgentSettings, handoff: Handoff) -> Leave:
             stack.push_async_callback(peers.close)
             await peers.open(fetcher, cache, catalogue, needed=handoff.cause is Cause.START)
 
+        background = Background(fetcher)
+        profiles = _profiles(settings, origin, key)
+        stack.callback(profiles.close)
+        orders_here = Orders(settings.state_dir, pins, background, cache, catalogue, profiles, swarms)
+        stack.push_async_callback(orders_here.close)
+        prefetcher = None
+        if settings.prefetch:
+            prefetcher = Prefetcher(
+                background,
+                fetcher,
+                profiles,
+                node_id(settings.node_id_file),
+                pusher.push,
+                PushBudget(settings.prefetch_memory_bytes),
+                catalogue.manifest,
+                swarms.settled if swarms else _nothing_to_wait_for,
+                warm={node.number for node in state.nodes()},
+                hydrate_bytes_s=settings.hydrate_bytes_s,
+            )
+            stack.push_async_callback(prefetcher.close)
+
         def swarm_status() -> dict[str, Any] | None:
             return peers.status() if peers else None
 
+        def prefetch_status() -> dict[str, Any] | None:
+            return None if prefetcher is None else prefetcher.status()
+
         status = Status(
             settings, handoff, state, files, catalogue, materialized, cache, decoded, fetcher, origin_source, pusher,
-            stall, swarm_status,
+            stall, swarm_status, prefetch_status, orders_here.status,
         )  # fmt: skip
-        operations = Operations(handoff, catalogue, materialized, state, status.snapshot, orders.put_nowait)
+        operations = Operations(
+            handoff, catalogue, materialized, state, status.snapshot, orders.put_nowait, prefetcher, orders_here
+        )
 
         prepare_worker_memory()
         session.start(resend=handoff.cause is not Cause.START)
         stack.push_async_callback(session.close)
+        orders_here.start(settings.policy)
         server = await control.serve(settings.socket, operations.handlers())
         stack.callback(server.close)
         if peers is not None and key is not None and settings.control_listen is not None:
             with _forgiven(unless=handoff.cause is Cause.START):
-                remote, port = await listen(settings, key, status.snapshot)
+                remote, port = await listen(settings, key, status.snapshot, operations.precache)
                 stack.callback(remote.close)
                 peers.membership.announce(port)
         handoff.ready()
@@ -164,6 +204,16 @@ async def _told_to_leave(session: Session, orders: "asyncio.Queue[Leave]") -> Le
         # This kernel would never send again what we leave unanswered: rather an old worker than a guest that hangs.
         log.error("event=handover_refused unanswered=%d reason=%s", left, "reads wait for the origin")
         session.start()
+
+
+def _profiles(settings: AgentSettings, origin: Origin, key: ClusterKey | None) -> ProfileClient:
+    """Profiles are learned by the server that images come from, or by the one that knows the swarms."""
+    server = settings.origin if settings.origin.startswith(("http://", "https://")) else settings.tracker
+    return ProfileClient(origin, server, key and key.token)
+
+
+async def _nothing_to_wait_for(_image: ImageId) -> None:
+    """This node is in no swarm."""
 
 
 def _cluster_key(settings: AgentSettings, handoff: Handoff) -> ClusterKey | None:

@@ -4,11 +4,12 @@ of processes.
     refs/NAME           which image a name means
     manifests/HEX       by image id
     packs/HH/HEX        by pack id, HH are its first two digits
+    profiles/HEX        by image id: what boots of it touch
     locks/…             who publishes or collects (lock.py)
     damaged/HEX         packs that were found damaged (damage.py)
 
-Manifests and packs are named by their content and never change. Whatever the store says went wrong becomes one of our errors
-here and nowhere else.
+Manifests and packs are named by their content and never change; a profile is replaced as it is learned. Whatever the
+store says went wrong becomes one of our errors here and nowhere else.
 """
 
 import errno
@@ -167,6 +168,24 @@ class Origin:
     async def delete_manifest(self, image_id: ImageId) -> None:
         """Idempotent."""
         await self.delete(f"manifests/{image_id.hex()}")
+
+    # Profiles, as bytes
+
+    async def profile(self, image_id: ImageId) -> Buffer:
+        """An encoded profile. Raises NotFound."""
+        return await self.get(f"profiles/{image_id.hex()}", f"no profile of image {image_id.hex()} at {self.url}")
+
+    async def put_profile(self, image_id: ImageId, data: bytes) -> None:
+        """Store an encoded profile in the place of the one before."""
+        await self.put(f"profiles/{image_id.hex()}", data)
+
+    async def profiles(self) -> list[ImageId]:
+        """Images that have a profile, those that are gone too."""
+        return [ImageId(found) async for found, _, _ in self._digests("profiles")]
+
+    async def delete_profile(self, image_id: ImageId) -> None:
+        """Idempotent."""
+        await self.delete(f"profiles/{image_id.hex()}")
 
     # Packs
 

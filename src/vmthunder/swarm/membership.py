@@ -17,8 +17,9 @@ from typing import Any, Final
 
 from vmthunder.errors import Failure, VMThunderError
 from vmthunder.ids import ImageId, NodeId
+from vmthunder.serverclient import ServerUnavailable
 from vmthunder.swarm.activity import Activity
-from vmthunder.swarm.client import TrackerClient, TrackerUnavailable
+from vmthunder.swarm.client import TrackerClient
 from vmthunder.swarm.view import (
     CLUSTER,
     Join,
@@ -176,7 +177,7 @@ class Membership:
                 await self._keep_promises()
                 failures = 0
                 await self._follow()
-            except TrackerUnavailable as error:
+            except ServerUnavailable as error:
                 failures += 1
                 self._lost(error)
                 await asyncio.sleep(self._backoff(failures))
@@ -238,7 +239,7 @@ class Membership:
             client.close()
         update = answer.get(image)
         if not isinstance(update, Snapshot):
-            raise TrackerUnavailable(f"tracker {self.tracker_url} is being restarted")
+            raise ServerUnavailable(f"tracker {self.tracker_url} is being restarted")
         swarm.announced = True
         self._update(swarm, update)
         log.info("event=swarm_joined image=%s members=%d", image.hex(), len(update.members))
@@ -257,7 +258,7 @@ class Membership:
     async def _ask(
         self, client: TrackerClient, what: str, message: dict[str, Any], timeout_s: float
     ) -> dict[ImageId, Update | None]:
-        answer = await client.request("POST", f"/swarm/{what}", json.dumps(message).encode(), timeout_s=timeout_s)
+        answer = await client.ask("POST", f"/swarm/{what}", json.dumps(message).encode(), timeout_s=timeout_s)
         updates = decode_updates(answer)
         if self.reachable is False:
             log.info("event=tracker_back tracker=%s", self.tracker_url)
