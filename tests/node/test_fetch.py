@@ -34,7 +34,7 @@ class Node:
         self.fetcher = Fetcher(self.origin, self.cache, self.decoded, rng=lambda: rng)
 
     def end(self) -> None:
-        for pool in (self.fetcher._helper, self.fetcher._loaders, self.fetcher._storer):
+        for pool in (self.fetcher._helper, self.fetcher._loaders, self.fetcher._storer._thread):
             pool.shutdown()
         self.cache.close()
 
