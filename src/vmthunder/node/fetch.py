@@ -333,13 +333,14 @@ class Fetcher:
             if flight.failures:
                 await self._pause(flight.failures)
             await self._storer.room.wait()
+            asked_s = self._clock()
             try:
                 deliveries = await self._source.fetch(flight.image, flight.rows, flight.errand)
             except (VMThunderError, OSError) as error:
                 self._failed(flight, error)
                 continue
             break
-        self._recovered()
+        self._recovered(asked_s)
         if len(deliveries) <= ALONE_CHUNKS:
             outcomes = unpack(flight.image, flight.rows, deliveries)
         else:
@@ -403,8 +404,9 @@ class Fetcher:
             logger.error("origin is away, reads wait for it: error=%s", why)
         flight.why = why
 
-    def _recovered(self) -> None:
-        if self._away_since_s is not None:
+    def _recovered(self, asked_s: float) -> None:
+        # What was asked before the outage may have been on its way when it began.
+        if self._away_since_s is not None and asked_s >= self._away_since_s:
             logger.warning("origin is back: after_s=%.1f", self._clock() - self._away_since_s)
             self._away_since_s = None
             self._answered.set()
