@@ -60,6 +60,7 @@ PURE = {
     "swarm.view",
     "swarm.tracker",
     "swarm.rank",
+    "swarm.search",
     "swarm.activity",
     "peer.answer",
     "peer.frames",

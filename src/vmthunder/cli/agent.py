@@ -167,6 +167,8 @@ def agent(
     restart: bool,
     stop: bool,
     as_json: bool,
+    nova: bool = False,
+    complete_after: float = 0.0,
 ) -> None:
     """Show every published image as a file on this node, chunk by chunk as it is read.
 
@@ -208,6 +210,8 @@ def agent(
             download_limit_bytes_s=download_limit,
             prefetch=prefetch,
             prefetch_memory_bytes=prefetch_memory,
+            nova=nova,
+            complete_after_s=complete_after,
             hydrate_bytes_s=hydrate,
             policy=policy and policy.absolute(),
         )

@@ -23,6 +23,7 @@ COMMANDS: Mapping[str, str] = {
     "server": "vmthunder.cli.server:server",
     "swarm": "vmthunder.cli.swarm:swarm",
     "agent": "vmthunder.cli.agent:agent",
+    "nova-mount": "vmthunder.cli.nova:nova_mount",
     "status": "vmthunder.cli.agent:status",
     "materialize": "vmthunder.cli.agent:materialize",
     "dematerialize": "vmthunder.cli.agent:dematerialize",

@@ -70,6 +70,13 @@ class AgentSettings:
     hydrate_bytes_s: int | None = None
     """Rate at which the rest of an image is brought here after a boot; 0: as fast as disturbs nobody; None: not at all."""
 
+    nova: bool = False
+    """Whether the mount is Nova's `_base`, whose real files show through."""
+    base_fd: int | None = None
+    """The directory beneath, opened before the mount hides it; inherited by keeper and workers."""
+    complete_after_s: float = 30.0
+    """How long after Nova wants an image it is brought here whole: a boot shall come first."""
+
     def __post_init__(self) -> None:
         for path in (self.mount, self.state_dir, self.run_dir, *filter(None, (self.cluster_key, self.policy))):
             if not path.is_absolute():
@@ -101,6 +108,14 @@ class AgentSettings:
     @property
     def mount_state_file(self) -> Path:
         return self.run_dir / "mount.json"
+
+    @property
+    def real_state_file(self) -> Path:
+        return self.run_dir / "real.json"
+
+    @property
+    def nova_dir(self) -> Path:
+        return self.state_dir / "nova"
 
     @property
     def node_id_file(self) -> Path:

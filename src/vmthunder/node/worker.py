@@ -22,6 +22,7 @@ from vmthunder.errors import CorruptFile, Failure, NoSpace, VMThunderError
 from vmthunder.fuse.handoff import Cause, Handoff, Leave
 from vmthunder.fuse.memory import prepare_worker_memory
 from vmthunder.fuse.session import Session
+from vmthunder.fuse.writable import WritableSession
 from vmthunder.ids import Buffer, ChunkId, ImageId
 from vmthunder.image.manifest import Manifest
 from vmthunder.node import control
@@ -35,11 +36,15 @@ from vmthunder.node.image import LocalImage, OnDemandImage
 from vmthunder.node.imagefs import ImageFileSystem
 from vmthunder.node.materialized import MaterializedImages
 from vmthunder.node.mountstate import MountState, Node
+from vmthunder.node.novabase import NovaBase
+from vmthunder.node.novaimages import NovaImages
 from vmthunder.node.operations import Operations
 from vmthunder.node.orders import Orders, read_pins
 from vmthunder.node.peers import Peers
+from vmthunder.node.policy import Part
 from vmthunder.node.prefetch import Prefetcher
 from vmthunder.node.pusher import Pusher
+from vmthunder.node.realfiles import RealFiles
 from vmthunder.node.remote import listen
 from vmthunder.node.settings import AgentSettings
 from vmthunder.node.source import OriginSource
@@ -122,9 +127,33 @@ async def _serve(settings: AgentSettings, handoff: Handoff) -> Leave:
 
         swarms = peers.membership if peers else None
         files = ImageFileSystem(catalogue, materialized, state, open_image, LocalImage, swarms, opened)
-        session = Session(handoff.fuse_fd, handoff.negotiated, files, loop)
+
+        async def complete(manifest: Manifest) -> None:
+            """First the chunks, in the background, then the file: a guest's boot waits for neither."""
+            order = orders_here.place(manifest.image_id, Part.FULL, 0)
+            if order.task is not None:
+                await asyncio.wait([order.task])  # A cache too small for all of it is no reason to give up.
+            await materialized.make(manifest, _unwatched)
+
+        real = nova = None
+        if settings.base_fd is None:
+            session: Session = Session(handoff.fuse_fd, handoff.negotiated, files, loop)
+        else:
+            with _explained(settings):
+                nova = NovaImages(
+                    settings.nova_dir,
+                    catalogue,
+                    materialized,
+                    complete,
+                    complete_after_s=settings.complete_after_s,
+                )
+                real = RealFiles(settings.base_fd, settings.real_state_file, resume=handoff.cause is not Cause.START)
+            stack.callback(real.close)
+            session = WritableSession(handoff.fuse_fd, handoff.negotiated, NovaBase(real, files, nova, state), loop)
         if handoff.negotiated.passthrough:
             files.backing = session
+            if real is not None:
+                real.backing = session
         pusher = Pusher(session.notify_store, handoff.fuse_fd)
         stack.callback(pusher.stop)
         if peers is not None:
@@ -136,6 +165,9 @@ async def _serve(settings: AgentSettings, handoff: Handoff) -> Leave:
         stack.callback(profiles.close)
         orders_here = Orders(settings.state_dir, pins, background, cache, catalogue, profiles, swarms)
         stack.push_async_callback(orders_here.close)
+        if nova is not None:
+            stack.push_async_callback(nova.close)
+            nova.start()
         prefetcher = None
         if settings.prefetch:
             prefetcher = Prefetcher(
@@ -184,9 +216,13 @@ async def _serve(settings: AgentSettings, handoff: Handoff) -> Leave:
         if how is Leave.STOP:
             if peers is not None:
                 await peers.membership.leave_all()
-            for promise in (settings.socket, settings.mount_state_file):
+            for promise in (settings.socket, settings.mount_state_file, settings.real_state_file):
                 promise.unlink(missing_ok=True)
     return how
+
+
+async def _unwatched(done_bytes: int, total_bytes: int) -> None:
+    """Nobody waits for an image that is completed in the background."""
 
 
 async def _told_to_leave(session: Session, orders: "asyncio.Queue[Leave]") -> Leave:
