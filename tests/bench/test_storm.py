@@ -1,10 +1,10 @@
 import json
 import os
-import random
 from pathlib import Path
 
 import pytest
 
+from bench_disks import CHUNK_BYTES, IMAGE_BYTES
 from conftest import RunCli, one_line
 from vmthunder.bench.boots import Replayed
 from vmthunder.bench.storm import LOCAL, NEITHER, NO_P2P, methods
@@ -13,28 +13,8 @@ from vmthunder.errors import Failure
 from vmthunder.ids import ChunkId, ImageId, PackId, digest
 from vmthunder.image.manifest import ChunkRow, Manifest, encode_manifest
 from vmthunder.lab.cluster import clusters
-from vmthunder.lab.trace import Read, Step, write_csv
+from vmthunder.lab.trace import Step
 from vmthunder.vm.backing import BackingImage
-
-IMAGE_BYTES = 4 << 20
-CHUNK_BYTES = 64 << 10
-
-
-@pytest.fixture
-def disk(tmp_path: Path) -> Path:
-    path = tmp_path / "disk.raw"
-    path.write_bytes(random.Random(7).randbytes(IMAGE_BYTES))
-    return path
-
-
-@pytest.fixture
-def trace(tmp_path: Path) -> Path:
-    """Every second chunk of the image, one after the other, 5 ms apart."""
-    path = tmp_path / "boot.csv"
-    offsets = range(0, IMAGE_BYTES, 2 * CHUNK_BYTES)
-    with path.open("w") as file:
-        write_csv([Read(n * 0.006, n * 0.006 + 0.001, offset, 4096) for n, offset in enumerate(offsets)], file)
-    return path
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root")

@@ -91,8 +91,8 @@ def bench_rivals(
                     try:
                         figures[way.name] = measure(way, guests, count, rate, work)
                     except Failure as error:
-                        failed.append({"name": way.name, "nodes": count, "reason": str(error)})
-                        say(f"  failed: {error}")
+                        failed.append({"name": way.name, "nodes": count, "reason": " ".join(str(error).split())})
+                        say(f"  failed: {failed[-1]['reason']}")
                     else:
                         say(f"  {times_text(figures[way.name])}")
                 measured.append(figures)

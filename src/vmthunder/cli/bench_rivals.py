@@ -68,8 +68,8 @@ def rivals(
 
 
 def _show(result: dict[str, Any]) -> None:
-    table = Table(box=None, pad_edge=False)
-    for heading in ("NODES", "", "FIRST s", "MEDIAN s", "LAST s", "÷ LOCAL", "SENT MiB", "STORED MiB", "CPU s"):
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    for heading in ("N", "", "FIRST", "MEDIAN", "LAST s", "÷LOCAL", "SENT MiB", "NODE MiB", "CPU s"):
         table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
     for row in result["rows"]:
         table.add_row(*cells(row))

@@ -15,7 +15,7 @@ from vmthunder.vm.backing import BackingImage
 def missing(*programs: str) -> str | None:
     """Which of the programs are not installed, as a reason; None if all are."""
     lost = [name for name in programs if shutil.which(name) is None and not Path("/usr/sbin", name).exists()]
-    return f"{', '.join(lost)} not installed" if lost else None
+    return f"{', '.join(lost)} not installed: scripts/setup-system --rivals" if lost else None
 
 
 def show(cell: Cell, host: Host, uri: str) -> BackingImage:

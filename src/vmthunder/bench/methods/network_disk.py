@@ -1,7 +1,7 @@
 """The disk stays on one server, and every node reads it from there: NBD, iSCSI, and HTTP with what was read kept."""
 
-import os
 import shutil
+import socket
 import subprocess
 from dataclasses import dataclass, field
 from functools import partial
@@ -59,15 +59,15 @@ class Iscsi:
 
     def set_up(self, cell: Cell) -> Setup:
         address = cell.origin.address
-        control = f"--control-port={1 + os.getpid() % 30_000}"
-        server = ["tgtd", "--foreground", control, "--iscsi", f"portal={address}:{_ISCSI_PORT}"]
+        control = ["env", f"TGT_IPC_SOCKET={cell.short}/tgt"]
+        server = [*control, "tgtd", "--foreground", "--iscsi", f"portal={address}:{_ISCSI_PORT}"]
         cell.start(cell.origin, server, lambda _: listens(cell.origin, _ISCSI_PORT))
         for words in (
             f"--mode target --op new --tid 1 --targetname {_TARGET}",
             f"--mode logicalunit --op new --tid 1 --lun 1 --backing-store {self._disk}",
             "--mode target --op bind --tid 1 --initiator-address ALL",
         ):
-            cell.finish(cell.origin, ["tgtadm", control, "--lld", "iscsi", *words.split()], _TIMEOUT_S)
+            cell.finish(cell.origin, [*control, "tgtadm", "--lld", "iscsi", *words.split()], _TIMEOUT_S)
         url = f"iscsi://{address}:{_ISCSI_PORT}/{_TARGET}/1"
         return Setup([partial(show_with_qemu, cell, node, "--read-only", "--format=raw", url) for node in cell.nodes])
 
@@ -100,11 +100,16 @@ class CopyOnRead:
 
 
 def listens(host: Host, port: int) -> bool:
-    """Whether something on a host listens on a TCP port. A look at the kernel's table: a connection would be counted."""
-    table = host.run(lambda: Path("/proc/thread-self/net/tcp").read_text())
-    return any(
-        fields[1].endswith(f":{port:04X}") and fields[3] == "0A" for fields in map(str.split, table.splitlines()[1:])
-    )
+    """Whether a host accepts TCP connections of its own on a port; they do not cross its link."""
+
+    def connects() -> bool:
+        try:
+            socket.create_connection((host.address, port), 1.0).close()
+        except OSError:
+            return False
+        return True
+
+    return host.run(connects)
 
 
 def _no_qemu_driver(name: str) -> str | None:
