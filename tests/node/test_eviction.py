@@ -126,6 +126,12 @@ class Machine(RuleBasedStateMachine):
         super().__init__()
         self.queues = S3Fifo(100)
         self.sizes: dict[ChunkId, int] = {}
+        self.pinned: frozenset[ChunkId] = frozenset()
+
+    @rule(numbers=st.frozensets(st.integers(0, 40), max_size=10))
+    def pin(self, numbers: frozenset[int]) -> None:
+        self.pinned = frozenset(map(chunk, numbers))
+        self.queues.pin(self.pinned)
 
     @rule(number=st.integers(0, 40), size_bytes=st.integers(1, 120))
     def store(self, number: int, size_bytes: int) -> None:
@@ -133,9 +139,10 @@ class Machine(RuleBasedStateMachine):
             self.queues.touch(chunk(number))
             return
         room = self.queues.make_room(chunk(number), size_bytes)
-        assert (room is None) == (size_bytes > 100)
+        assert (room is None) == (size_bytes + sum(self.sizes.get(one, 0) for one in self.pinned) > 100)
         if room is not None:
             for gone in room.evicted:
+                assert gone not in self.pinned
                 del self.sizes[gone]
             assert sum(self.sizes.values()) + size_bytes <= 100
             self.queues.add(chunk(number), size_bytes, to_main=room.to_main)

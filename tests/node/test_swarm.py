@@ -235,7 +235,7 @@ async def test_a_reader_hurries_a_background_read_all_the_way_up(make_swarm: Mak
     assert await reading == swarm.image.slices(7, 1)
     assert len(swarm.packs.requests) == 1
     assert all(node.fetcher.stats.hurried == 1 for node in way)
-    assert all(node.source.hedges == 0 for node in swarm.nodes)
+    assert all(node.source.ranking.hedges == 0 for node in swarm.nodes)
 
 
 async def test_nodes_that_bring_the_same_in_the_background_get_it_from_the_origin_once(make_swarm: Make) -> None:

@@ -1,6 +1,7 @@
 """How profiles learn, and what a new version of an image takes over."""
 
 import random
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -65,6 +66,19 @@ def test_one_odd_boot_cannot_spoil_a_profile(what: str, before: int) -> None:
 def test_a_second_boot_is_not_believed_that_reads_much_more_than_the_first() -> None:
     assert len(expected(learned(usual(1), ODD["ten times as large"]))) <= len(USUAL)
     assert len(expected(learned(usual(1), *2 * [ODD["ten times as large"]]))) > 2900
+
+
+def test_a_chunk_that_came_very_late_once_keeps_about_its_place() -> None:
+    profile = learned(*[boot(IMAGE, USUAL)] * 3)
+    late = boot(IMAGE, [*USUAL[:5], *USUAL[6:]])
+    late = replace(late, touches=(*late.touches, Touch(USUAL[5], 60_000, True)), settled_ms=60_000)
+    assert expected(merged(profile, late, IMAGE)).index(USUAL[5]) < len(USUAL) / 8
+
+
+def test_what_a_slow_host_adds_is_put_between_what_it_lies_between() -> None:
+    profile = learned(boot(IMAGE, USUAL, ms_each=10))
+    slow = boot(IMAGE, [*USUAL[:100], 7, *USUAL[100:]], ms_each=300)
+    assert abs(expected(merged(profile, slow, IMAGE)).index(7) - 100) <= 2
 
 
 def test_after_an_odd_first_boot_two_usual_ones_are_enough() -> None:
@@ -181,12 +195,12 @@ def test_an_image_with_chunks_of_another_size_takes_the_same_bytes() -> None:
 
 
 def test_the_own_boots_of_a_new_version_soon_count_more() -> None:
-    old = manifest("abcdef")
-    new = manifest("abcdeF")
+    old, new = manifest("abcdef"), manifest("abcdeF")
     profile = carried(profile_of(old, 0, 1, 2), new, old)
     assert profile.boots == CARRIED_BOOTS
-    for _ in range(5):
-        profile = merged(profile, boot(new, [4, 0]), new)
+    profile = merged(profile, boot(new, [4, 0]), new)
+    assert set(expected(profile)) == {0, 1, 2, 4}
+    profile = merged(profile, boot(new, [4, 0]), new)
     assert set(expected(profile)) == {0, 4}
 
 

@@ -10,6 +10,7 @@ MNT_FORCE, MNT_DETACH = 1, 2
 MCL_CURRENT, MCL_FUTURE, MCL_ONFAULT = 1, 2, 4
 _PR_SET_THP_DISABLE = 41
 _CLONE_FILES = 0x400
+_off_t = ctypes.c_int64
 
 
 def _check(result: int, path: str | None = None) -> None:
@@ -27,6 +28,11 @@ def mount(source: str, target: str, kind: str, flags: int, options: str) -> None
 def umount2(target: str, flags: int) -> None:
     """umount2(2). Raises OSError."""
     _check(_libc.umount2(os.fsencode(target), flags), target)
+
+
+def fallocate(fd: int, mode: int, offset: int, length_bytes: int) -> None:
+    """fallocate(2), with the modes that `os.posix_fallocate` has not. Raises OSError."""
+    _check(_libc.fallocate(fd, mode, _off_t(offset), _off_t(length_bytes)))
 
 
 def mlockall(flags: int) -> None:

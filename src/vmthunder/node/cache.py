@@ -131,6 +131,15 @@ class ChunkCache:
     def __contains__(self, chunk_id: ChunkId) -> bool:
         return chunk_id in self._queues
 
+    @property
+    def quota_bytes(self) -> int:
+        return self._queues.quota_bytes
+
+    def pin(self, chunk_ids: frozenset[ChunkId]) -> None:
+        """Never let these go, and no others: those that are here, and those that come. Call before `recover`, too."""
+        with self._lock:
+            self._queues.pin(chunk_ids)
+
     def touch(self, chunk_id: ChunkId) -> None:
         """The chunk was used without a load."""
         with self._lock:

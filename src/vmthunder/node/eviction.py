@@ -54,6 +54,9 @@ class S3Fifo:
         self._main: deque[ChunkId] = deque()
         self._ghost: dict[ChunkId, None] = {}
         self._clock = 0
+        self._pinned: frozenset[ChunkId] = frozenset()
+        self._pinned_bytes = 0
+        """Of those that are here; they are all in main, where they go round and round."""
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -76,14 +79,25 @@ class S3Fifo:
                 _ONE_USE if uses < MAX_USES * _ONE_USE else 0
             )
 
+    def pin(self, chunk_ids: frozenset[ChunkId]) -> None:
+        """These are never let go from now on, and no others."""
+        self._pinned, self._pinned_bytes = chunk_ids, 0
+        for chunk_id in chunk_ids:
+            entry = self._entries.get(chunk_id)
+            if entry is not None:
+                self._pinned_bytes += entry & _SIZE_MASK
+                if not entry & _MAIN:
+                    self._promote(chunk_id, entry)
+
     def make_room(self, chunk_id: ChunkId, size_bytes: int) -> Room | None:
         """Let chunks go until `size_bytes` more fit. None, and nothing changes, where they never will."""
-        if not 0 < size_bytes <= min(self.quota_bytes, _SIZE_MASK):
+        if not 0 < size_bytes <= min(self.quota_bytes - self._pinned_bytes, _SIZE_MASK):
             return None
-        room = Room([], chunk_id in self._ghost or self._main_has_room(size_bytes))
+        to_main = chunk_id in self._pinned or chunk_id in self._ghost or self._main_has_room(size_bytes)
+        room = Room([], to_main)
         small_limit = self._small_quota - (0 if room.to_main else size_bytes)
         while self.used_bytes + size_bytes > self.quota_bytes:
-            if self._small_bytes > max(small_limit, 0) or self._small_bytes == self.used_bytes:
+            if self._small_bytes > max(small_limit, 0) or self._small_bytes + self._pinned_bytes == self.used_bytes:
                 self._advance_small(room.evicted)
             else:
                 self._advance_main(room.evicted)
@@ -95,6 +109,8 @@ class S3Fifo:
         self._ghost.pop(chunk_id, None)
         self._entries[chunk_id] = (self._clock << _CLOCK_SHIFT) | (_MAIN if to_main else 0) | size_bytes
         self.used_bytes += size_bytes
+        if chunk_id in self._pinned:
+            self._pinned_bytes += size_bytes
         if to_main:
             self._main.append(chunk_id)
         else:
@@ -107,6 +123,8 @@ class S3Fifo:
         if entry is None:
             return False
         self._account_for_leaving(entry)
+        if chunk_id in self._pinned:
+            self._pinned_bytes -= entry & _SIZE_MASK
         return True
 
     def _main_has_room(self, size_bytes: int) -> bool:
@@ -123,9 +141,7 @@ class S3Fifo:
         if entry is None or entry & _MAIN:
             return
         if entry & _USES_MASK:
-            self._entries[chunk_id] = (entry & ~_USES_MASK) | _MAIN
-            self._small_bytes -= entry & _SIZE_MASK
-            self._main.append(chunk_id)
+            self._promote(chunk_id, entry & ~_USES_MASK)
             return
         self.remove(chunk_id)
         evicted.append(chunk_id)
@@ -133,13 +149,18 @@ class S3Fifo:
         if len(self._ghost) > max(len(self._main), 1):
             del self._ghost[next(iter(self._ghost))]
 
+    def _promote(self, chunk_id: ChunkId, entry: int) -> None:
+        self._entries[chunk_id] = entry | _MAIN
+        self._small_bytes -= entry & _SIZE_MASK
+        self._main.append(chunk_id)
+
     def _advance_main(self, evicted: list[ChunkId]) -> None:
         chunk_id = self._main.popleft()
         entry = self._entries.get(chunk_id)
         if entry is None or not entry & _MAIN:
             return
-        if entry & _USES_MASK:
-            self._entries[chunk_id] = entry - _ONE_USE
+        if chunk_id in self._pinned or entry & _USES_MASK:
+            self._entries[chunk_id] = entry - (_ONE_USE if entry & _USES_MASK else 0)
             self._main.append(chunk_id)
             return
         self.remove(chunk_id)

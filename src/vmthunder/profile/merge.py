@@ -23,8 +23,9 @@ FORGOTTEN: Final = 100
 """An entry of a smaller share goes."""
 LARGE: Final = 4
 """A boot that touches so many times what was expected is believed when a second one does it too."""
-CARRIED_BOOTS: Final = 3
-"""As of how many boots a carried profile counts at most: what the new version's own boots say is soon worth more."""
+CARRIED_BOOTS: Final = 1
+"""As of how many boots a carried profile counts at most: what the first boot of the new version adds is expected of the
+second, and what its first two do not touch is not any more."""
 
 
 def merged(profile: Profile | None, boot: Boot, manifest: Manifest) -> Profile:
