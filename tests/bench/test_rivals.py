@@ -39,11 +39,11 @@ def test_every_rival_boots_the_same_storm_or_says_why_not(
             continue
         # What a guest reads came over the links of this very cell, at least once.
         assert row["origin_sent_bytes"] > READ_BYTES * len(OFFSETS), name
-        assert row["cpu_s"] > 0, name
         if name in COPIES:
             assert row["stored_bytes"] >= IMAGE_BYTES, name
     for name in rows.keys() & set(COPIES):
         assert rows[name]["origin_sent_bytes"] > IMAGE_BYTES
+    assert rows[OURS]["cpu_s"] > 0  # of the others, less than a tick of the clock may be needed
     assert rows[OURS]["origin_sent_bytes"] < 2 * IMAGE_BYTES
     assert json.loads((tmp_path / "page" / "rivals.json").read_text()) == result
     assert list(work.iterdir()) == []
