@@ -1,12 +1,17 @@
 """The writing part of the protocol: bytes as the kernel lays them out (include/uapi/linux/fuse.h)."""
 
+import asyncio
+import socket
 import struct
+from typing import cast
 
 import pytest
 
 from vmthunder.fuse import writing
-from vmthunder.fuse.protocol import IN_HEADER, ProtocolError
-from vmthunder.fuse.writing import NOW, Change
+from vmthunder.fuse.negotiate import Negotiated
+from vmthunder.fuse.protocol import IN_HEADER, OUT_HEADER, UNIQUE_RESEND, ProtocolError
+from vmthunder.fuse.writable import WritableFileSystem, WritableSession
+from vmthunder.fuse.writing import NOW, Change, WriteOpcode
 
 
 def message(body: bytes) -> bytes:
@@ -49,3 +54,29 @@ def test_a_write_carries_exactly_the_bytes_that_it_announces() -> None:
     assert writing.decode_write(whole, len(whole)) == (3, 8192, b"data")
     with pytest.raises(ProtocolError):
         writing.decode_write(whole, len(whole) - 1)
+
+
+@pytest.mark.asyncio
+async def test_a_request_that_comes_again_is_told_so() -> None:
+    """The kernel's mark is in its number, which the answer carries, too."""
+    told: list[bool] = []
+
+    class Files:
+        async def unlink(self, parent: int, name: bytes, *, again: bool) -> None:
+            told.append(again)
+
+    ours, kernel = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ours.setblocking(False)
+    kernel.settimeout(5)
+    files = cast("WritableFileSystem", Files())
+    session = WritableSession(ours.fileno(), Negotiated(40, 0, 4096, 4096), files, asyncio.get_running_loop())
+    session.start()
+    for unique in (6, 6 | UNIQUE_RESEND):
+        name = b"x\0"
+        kernel.send(IN_HEADER.pack(IN_HEADER.size + len(name), WriteOpcode.UNLINK, unique, 1, 0, 0, 0, 0, 0) + name)
+        answer = await asyncio.to_thread(kernel.recv, 100)
+        assert OUT_HEADER.unpack(answer) == (OUT_HEADER.size, 0, unique)
+    await session.close()
+    ours.close()
+    kernel.close()
+    assert told == [False, True]
