@@ -6,7 +6,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vmthunder.ids import NodeId
-from vmthunder.swarm.rank import BUSY_MOST_S, COOL_MOST_S, COOL_S, ENOUGH, HEDGE_SHARE, HEDGE_UNKNOWN_S, Ranking
+from vmthunder.swarm.rank import (
+    BUSY_MOST_S,
+    COOL_MOST_S,
+    COOL_S,
+    ENOUGH,
+    HEDGE_LEAST_S,
+    HEDGE_SHARE,
+    HEDGE_UNKNOWN_S,
+    WINDOW,
+    Ranking,
+)
 
 PARENT, GRANDPARENT, OTHER, LIAR = (NodeId(name * 16) for name in (b"p", b"g", b"o", b"l"))
 CHUNK = 65536
@@ -76,6 +86,25 @@ def test_a_source_at_a_twentieth_of_the_rate_cools_down() -> None:
             ranking.delivered(source, CHUNK, 0.01, 0)
         ranking.delivered(PARENT, CHUNK, 0.2, 0)
     assert ranking.rank([PARENT, GRANDPARENT], [], 0) == [GRANDPARENT, None]
+
+
+def test_a_burst_that_delays_all_makes_nobody_slow() -> None:
+    ranking = Ranking()
+    for _ in range(30):
+        for source in (PARENT, GRANDPARENT, OTHER):
+            ranking.delivered(source, CHUNK, 0.06, 0)
+    for number in range(60):  # calm again, and one of them is asked little
+        for source in (GRANDPARENT, OTHER) if number % 8 else (PARENT, GRANDPARENT, OTHER):
+            ranking.delivered(source, CHUNK, 0.005, 1)
+            assert ranking.rank([PARENT, GRANDPARENT, OTHER], [], 1) == [PARENT, GRANDPARENT, OTHER, None]
+
+
+def test_what_was_long_ago_is_forgotten() -> None:
+    ranking = Ranking()
+    for latency_s in (1.0, 0.01):
+        for _ in range(WINDOW):
+            ranking.delivered(PARENT, CHUNK, latency_s, 0)
+    assert ranking.hedge_after_s(PARENT) <= HEDGE_LEAST_S
 
 
 def test_sources_that_differ_a_little_are_all_kept() -> None:

@@ -17,8 +17,8 @@ from vmthunder.ids import NodeId
 
 Source: TypeAlias = NodeId | None
 
-WINDOW: Final = 64
-"""Answers of a source that are remembered."""
+WINDOW: Final = 256
+"""Answers that are remembered, of all sources together."""
 ENOUGH: Final = 8
 """Answers that must be known before they count."""
 HEDGE_SHARE: Final = 0.05
@@ -39,22 +39,21 @@ BUSY_MOST_S: Final = 5.0
 
 
 class _Latencies:
-    """The last WINDOW latencies, in order of time and of size."""
+    """Latencies in order of size."""
 
-    __slots__ = ("_by_size", "_by_time")
+    __slots__ = ("_by_size",)
 
     def __init__(self) -> None:
-        self._by_time: deque[float] = deque()
         self._by_size: list[float] = []
 
     def __len__(self) -> int:
         return len(self._by_size)
 
     def add(self, latency_s: float) -> None:
-        if len(self._by_time) == WINDOW:
-            del self._by_size[bisect_left(self._by_size, self._by_time.popleft())]
-        self._by_time.append(latency_s)
         insort(self._by_size, latency_s)
+
+    def remove(self, latency_s: float) -> None:
+        del self._by_size[bisect_left(self._by_size, latency_s)]
 
     def quantile(self, share: float) -> float:
         return self._by_size[min(len(self._by_size) - 1, int(share * len(self._by_size)))]
@@ -77,6 +76,9 @@ class Ranking:
         """Times that a second source was asked beside the first."""
         self._records: dict[Source, _Record] = {}
         self._all = _Latencies()
+        # One window for all, so that every source is compared with what the others did at the same time. Were it the last
+        # answers of each, one that was asked little after a burst would be judged by the burst, the others by the calm.
+        self._window: deque[tuple[_Latencies, float]] = deque()
         self._banned: set[NodeId] = set()
         self._hedge_bytes = 0.0
 
@@ -121,11 +123,12 @@ class Ranking:
         """A source sent a good chunk. One that is slow is left alone for a while."""
         self._hedge_bytes = min(HEDGE_BURST_BYTES, self._hedge_bytes + HEDGE_SHARE * size_bytes)
         record = self._record(source)
-        record.latencies.add(latency_s)
-        self._all.add(latency_s)
+        self._remember(record.latencies, latency_s)
         if len(record.latencies) < ENOUGH:
             return
-        if source is not None and record.latencies.quantile(0.5) > SLOW_FACTOR * self._all.quantile(0.5):
+        # This answer too: nobody is slow on the strength of what a burst did to the ones before.
+        slow_s = SLOW_FACTOR * self._all.quantile(0.5)
+        if source is not None and min(latency_s, record.latencies.quantile(0.5)) > slow_s:
             self._leave_alone(record, now)
         else:
             record.strikes = 0
@@ -150,6 +153,15 @@ class Ranking:
         """Forget sources that are no longer in the swarm; who lied stays banned."""
         for source in [source for source in self._records if source is not None and source not in members]:
             del self._records[source]
+
+    def _remember(self, latencies: _Latencies, latency_s: float) -> None:
+        if len(self._window) == WINDOW:
+            whose, oldest_s = self._window.popleft()
+            whose.remove(oldest_s)
+            self._all.remove(oldest_s)
+        self._window.append((latencies, latency_s))
+        latencies.add(latency_s)
+        self._all.add(latency_s)
 
     def _record(self, source: Source) -> _Record:
         record = self._records.get(source)

@@ -65,10 +65,13 @@ class Search:
         return max(0.0, (late_s if waited_s < late_s else self._dead_s()) - waited_s)
 
     def late(self, now: float, size_bytes: int) -> Ask | None:
-        """No answer in time: the latest source is dead, or a second one is asked beside it if so many bytes may be."""
+        """No answer in time: the latest source is dead, or a second one is asked beside it if so many bytes may be.
+
+        Never the origin: nodes that are late are late together, and each would take a copy that it sends only once.
+        """
         if now - self._since >= self._dead_s():
             self._ranking.failed(self._latest, now)
-        elif self._background or not self._ranking.may_hedge(size_bytes):
+        elif self._background or self._todo[0] is None or not self._ranking.may_hedge(size_bytes):
             return None
         else:
             self._ranking.hedges += 1
