@@ -75,6 +75,7 @@ PURE = {
     "node.backoff",
     "node.eviction",
     "node.limits",
+    "node.policy",
     "node.recorder",
     "node.window",
     "node.stall",

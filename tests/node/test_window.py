@@ -80,3 +80,11 @@ def test_a_window_that_is_not_filled_does_not_grow() -> None:
     for step in range(100):
         window.arrived(CHUNK, 0.001, CHUNK, step * 0.001)
     assert window.limit_bytes == FIRST_BYTES
+
+
+def test_beside_a_guest_no_more_is_under_way_than_arrives_in_no_time() -> None:
+    slow, fast = Line(2.5e6, 0.002), Line(125e6, 0.001)
+    slow.run(3)
+    fast.run(3)
+    assert slow.window.beside_bytes < CHUNK
+    assert fast.window.beside_bytes > 16 * CHUNK

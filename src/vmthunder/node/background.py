@@ -1,8 +1,8 @@
 """Brings chunks here that nobody waits for yet: as many at a time as disturb no guest, in the order that was asked for.
 
 All that this node reads in the background (replayed boots, images placed ahead, whole images after a boot) goes through
-one window. While a guest waits for a source, it is as small as can be. Belongs to the event loop; flights belong to the
-fetcher, so whoever stops bringing leaves those alone that are under way.
+one window. While a guest waits for a source, little is under way, on a slow link one chunk at a time. Belongs to the event
+loop; flights belong to the fetcher, so whoever stops bringing leaves those alone that are under way.
 """
 
 import asyncio
@@ -17,7 +17,7 @@ from vmthunder.image.manifest import ChunkRow, Manifest
 from vmthunder.node.fetch import Fetcher
 from vmthunder.node.flight import Flight, want_of
 from vmthunder.node.limits import RateLimit
-from vmthunder.node.window import LEAST_BYTES, Window
+from vmthunder.node.window import Window
 
 MAX_BATCH_BYTES = 256 << 10
 """Encoded bytes that are asked for together: a reader that meets one of them may have to wait for all."""
@@ -89,7 +89,7 @@ class Background:
             )
 
     def _room_bytes(self) -> int:
-        return LEAST_BYTES if self._fetcher.urgent else self._window.limit_bytes
+        return self._window.beside_bytes if self._fetcher.urgent else self._window.limit_bytes
 
     async def _next_landing(self) -> None:
         self._landed.clear()

@@ -95,6 +95,10 @@ class ImageFileSystem:
         except VMThunderError as error:
             log.warning("event=lookup_failed name=%s reason=%s", os.fsdecode(name), error)
             raise OSError(_errno(error), str(error)) from None
+        return self.entry(manifest)
+
+    def entry(self, manifest: Manifest) -> Entry:
+        """Count one lookup of an image."""
         image = manifest.image_id
         node = self._state.look_up(
             image, manifest.virtual_bytes, self._catalogue.name_of(image), materialized=image in self._materialized
@@ -177,6 +181,20 @@ class ImageFileSystem:
         if self._swarms is not None:
             self._swarms.use(node.image_id)
         self._opened(node, direct)
+
+    async def lseek(self, node: int, offset: int, whence: int) -> int:
+        """SEEK_DATA and SEEK_HOLE: slices without a chunk are holes, so that who copies an image need not read them."""
+        known = self._node(node)
+        if not 0 <= offset < known.size_bytes:
+            raise OSError(errno.ENXIO, "behind the end")
+        manifest = await self._catalogue.manifest(known.image_id)
+        wanted = whence == os.SEEK_DATA
+        for index in range(offset // manifest.chunk_bytes, manifest.chunk_count):
+            if (manifest.row(index) is not None) == wanted:
+                return max(offset, index * manifest.chunk_bytes)
+        if wanted:
+            raise OSError(errno.ENXIO, "no data from here on")
+        return known.size_bytes
 
     def read_bytes(self, node: Node) -> int:
         """Bytes that we were asked for; what the kernel had in its page cache is not among them."""

@@ -28,6 +28,7 @@ from vmthunder.node.background import Background
 from vmthunder.node.backoff import delay_s
 from vmthunder.node.budget import PushBudget
 from vmthunder.node.fetch import Fetcher
+from vmthunder.node.limits import RateLimit
 from vmthunder.node.mountstate import Node
 from vmthunder.node.recorder import FEWEST_TOUCHES, Recorder
 from vmthunder.profile.live import LiveAnswer
@@ -87,6 +88,7 @@ class Session:
         self.hits = 0
         self.misses = 0
         self.replaying: asyncio.Task[None] | None = None
+        self.hydrating: asyncio.Task[None] | None = None
         self._clock = clock
         self._fetcher = fetcher
 
@@ -144,11 +146,14 @@ class Prefetcher:
         manifest: Callable[[ImageId], Awaitable[Manifest]],
         settled: Callable[[ImageId], Awaitable[None]],
         warm: set[int],
+        hydrate_bytes_s: int | None = None,
         *,
         clock: Callable[[], float] = time.monotonic,
         rng: Callable[[], float] = random.random,
     ) -> None:
-        """`settled` waits for the swarm of an image; `warm` are nodes that the page cache may know already."""
+        """`settled` waits for the swarm of an image; `warm` are nodes that the page cache may know already; at
+        `hydrate_bytes_s`, 0 for no limit, the rest of an image follows its boot.
+        """
         self._background = background
         self._fetcher = fetcher
         self._profiles = profiles
@@ -158,6 +163,7 @@ class Prefetcher:
         self._manifest = manifest
         self._settled = settled
         self._warm = warm
+        self._hydrate_bytes_s = hydrate_bytes_s
         self._clock = clock
         self._rng = rng
         self._sessions: dict[ImageId, Session] = {}
@@ -271,11 +277,19 @@ class Prefetcher:
                 boot = session.recorder.boot(complete=cold or session.direct)
                 if boot is not None:
                     self._spawn(self._send(boot))
+                    if self._hydrate_bytes_s is not None and not closed:
+                        session.hydrating = self._spawn(self._hydrate(session, RateLimit(self._hydrate_bytes_s)))
             if closed:
                 self._end(session)
                 return
             if not learned and (session.profile is None or len(session.unexpected) >= UNEXPECTED):
                 cursor, wait_s = await self._exchange(session, cursor)
+
+    async def _hydrate(self, session: Session, limit: RateLimit) -> None:
+        """The whole image, for as long as it is open."""
+        manifest = session.manifest
+        await self._background.bring(manifest, manifest.rows(), lambda _row, _slice: None, limit)
+        log.info("event=hydrated image=%s", manifest.image_id.hex())
 
     async def _exchange(self, session: Session, cursor: int) -> tuple[int, float]:
         """Tell what was touched here, bring what was touched elsewhere; where to go on, and after how many seconds."""
@@ -307,8 +321,8 @@ class Prefetcher:
         log.warning("event=boot_dropped image=%s reason=%s", boot.image_id.hex(), why)
 
     def _end(self, session: Session) -> None:
-        if session.replaying is not None:
-            session.replaying.cancel()
+        for task in filter(None, (session.replaying, session.hydrating)):
+            task.cancel()
         if session.pushed_bytes or len(session.recorder.touches) >= FEWEST_TOUCHES:
             self._warm.add(session.node.number)
         self._budget.give_back(session.pushed_bytes)
