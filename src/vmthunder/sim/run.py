@@ -40,7 +40,7 @@ class _Node:
     """A node; the origin is one that holds everything and has no id."""
 
     __slots__ = (
-        "alive", "answers", "began_s", "core", "down_free_s", "down_s", "ended_s", "flights", "held", "left_chunks", "next",
+        "alive", "answers", "began_s", "core", "down_free_s", "down_s", "ended_s", "flights", "half_s", "held", "left_chunks", "next",
         "node_id", "origin_queue", "origin_requests", "ranking", "sending", "sent", "under_way", "up_s", "uplink", "view",
     )  # fmt: skip
 
@@ -49,7 +49,7 @@ class _Node:
         self.alive = True
         self.up_s = self.down_s = chunk_s
         self.core = core  # when the processor of its event loop is free
-        self.began_s = self.ended_s = 0.0
+        self.began_s = self.half_s = self.ended_s = 0.0
         self.held = bytearray(chunks)
         self.left_chunks = chunks
         self.next = 0  # chunk that the reader asks for next
@@ -92,6 +92,7 @@ class _Run:
         self.by_id: dict[NodeId | None, _Node] = {None: self.origin}
         self.views = Views(scenario.shape, self.stripes, fanout, self.told)
         self.reading = scenario.nodes  # of the first ones, that live and have not got everything
+        self.strangers = 0  # nodes that the tracker has not answered
         self.duplicates = self.delivered = self.left = 0
 
     def run(self) -> Outcome:
@@ -111,14 +112,10 @@ class _Run:
             handler(*arguments)
         there = [node for node in self.nodes if node.alive]
         assert not any(node.left_chunks for node in there), "a node waits for ever"
-        times = {
-            slow: sorted(n.ended_s - n.began_s for n in there if (n.down_s > self.chunk_s) is slow)
-            for slow in (False, True)
-        }
         return Outcome(
             scenario,
-            times[False],
-            times[True],
+            self.times_s([node for node in there if node.down_s == self.chunk_s]),
+            self.times_s([node for node in there if node.down_s > self.chunk_s]),
             origin_sent=self.origin.sent,
             most_sent=max(node.sent for node in self.nodes),
             duplicates=self.duplicates,
@@ -127,6 +124,19 @@ class _Run:
             left=self.left,
             hedges=sum(node.ranking.hedges for node in self.nodes),
         )
+
+    def times_s(self, nodes: list[_Node]) -> list[float]:
+        """From the first read to the last byte of the whole image.
+
+        What is not simulated goes on at the pace at which the last node went from half to all of what is.
+        """
+        if not nodes:
+            return []
+        chunks, image_chunks = self.scenario.chunks, max(self.scenario.chunks, self.scenario.image_chunks)
+        half_s = max(node.half_s - node.began_s for node in nodes)
+        times_s = sorted(node.ended_s - node.began_s for node in nodes)
+        more_s = (times_s[-1] - half_s) / (chunks - chunks // 2) * (image_chunks - chunks)
+        return [time_s + more_s for time_s in times_s]
 
     def at(self, time_s: float, handler: Callable[..., None], *arguments: Any) -> None:
         heapq.heappush(self.events, (time_s, next(self.numbers), handler, arguments))
@@ -141,6 +151,7 @@ class _Run:
         node = _Node(node_id, self.scenario.chunks, self.chunk_s / (SLOW_SHARE if slow else 1), core)
         self.nodes.append(node)
         self.by_id[node_id] = node
+        self.strangers += 1
         self.views.join(node_id, str(number % self.scenario.racks), self.now)
 
     def told(self, node_id: NodeId, view: View) -> None:
@@ -150,6 +161,7 @@ class _Run:
         node.view = view
         node.ranking.retain(view.roster.members)
         if first:
+            self.strangers -= 1
             node.began_s = self.now
             self.at(self.now, self.read, node)
 
@@ -163,6 +175,7 @@ class _Run:
             return
         node = self.random.choice([node for node in self.nodes if node.alive])
         node.alive = False
+        self.strangers -= node.view is None
         self.left += 1
         if node.left_chunks and int.from_bytes(node.node_id or b"") < self.scenario.nodes:
             self.reading -= 1
@@ -177,11 +190,12 @@ class _Run:
     def settle(self) -> None:
         """Look again when the tracker has something to say."""
         due_s = self.views.due()
-        if due_s is not None and self.reading:
+        if due_s is not None and (self.reading or self.strangers):
             self.at(max(due_s, self.now), self.tick)
 
     def tick(self) -> None:
         self.views.tick(self.now)
+        self.settle()
 
     def renew(self) -> None:
         if self.reading:
@@ -336,6 +350,8 @@ class _Run:
         if flight.reader:
             node.under_way -= 1
             self.read(node)
+        if node.left_chunks == self.scenario.chunks - self.scenario.chunks // 2:
+            node.half_s = self.now
         if not node.left_chunks:
             node.ended_s = self.now
             if node.node_id is not None and int.from_bytes(node.node_id) < self.scenario.nodes:
@@ -346,7 +362,7 @@ def _stripes_of(scenario: Scenario, stripes: int, chance: random.Random) -> list
     """The stripe of each chunk that is simulated.
 
     Chunk ids are digests: each chunk of the image falls into any stripe, the same for everybody, and stripes are unequal
-    by chance. Of parcels each stripe gets, all the way, as near as can be its share of the image's chunks.
+    by chance, less so the more chunks there are. Where only some are simulated, each stripe has its share of all chunks.
     """
     image_chunks = max(scenario.chunks, scenario.image_chunks)
     ahead = [0.0] * stripes

@@ -38,13 +38,13 @@ class Scenario:
 
     nodes: int
     chunks: int
-    """That are simulated: chunks of the image, or parcels of several where it has more."""
+    """That are simulated: all of the image, or its first ones."""
     chunk_bytes: int
     rate_bytes_s: float
     """Of each node's link, each way."""
     practice: Practice
     image_chunks: int = 0
-    """That the image has, if it has more."""
+    """That the image has, if it has more. Times are those of the whole image."""
     origin_rate_bytes_s: float = 0
     """Of the image server's link; 0: as a node's."""
     latency_s: float = 0.0002
@@ -81,7 +81,7 @@ class Scenario:
         (F/u)(1 + ⌊log2 N⌋/M) for links of one rate (Mundinger, Weber, Weiss, 2008). In general no less than one copy
         through the origin's link, N copies through all uplinks together, and one copy through a node's downlink.
         """
-        size_bytes = self.chunks * self.chunk_bytes
+        size_bytes = max(self.chunks, self.image_chunks) * self.chunk_bytes
         origin = self.origin_rate_bytes_s or self.rate_bytes_s
         uplinks = origin + self.rate_bytes_s * (self.nodes - self.slow_nodes * (1 - SLOW_SHARE))
         own = self.rate_bytes_s * (SLOW_SHARE if slow else 1)
@@ -92,7 +92,7 @@ class Scenario:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run came to. Times are from a node's first read to its last byte."""
+    """What a run came to. Times are from a node's first read to the last byte of the whole image."""
 
     scenario: Scenario
     times_s: Sequence[float]
@@ -133,7 +133,6 @@ class Outcome:
             "hedges": self.hedges,
             "left": self.left,
             "simulated_chunks": self.scenario.chunks,
-            "simulated_chunk_bytes": self.scenario.chunk_bytes,
         }
 
     def _kinds(self) -> tuple[tuple[Sequence[float], bool], ...]:
