@@ -40,8 +40,9 @@ class _Node:
     """A node; the origin is one that holds everything and has no id."""
 
     __slots__ = (
-        "alive", "answers", "began_s", "core", "down_free_s", "down_s", "ended_s", "flights", "half_s", "held", "left_chunks", "next",
-        "node_id", "origin_queue", "origin_requests", "ranking", "sending", "sent", "under_way", "up_s", "uplink", "view",
+        "alive", "answers", "began_s", "core", "down_free_s", "down_s", "ended_s", "flights", "half_s", "held",
+        "left_chunks", "next", "node_id", "origin_queue", "origin_requests", "ranking", "sending", "sent", "under_way",
+        "up_s", "uplink", "view",
     )  # fmt: skip
 
     def __init__(self, node_id: NodeId | None, chunks: int, chunk_s: float, core: list[float]) -> None:
