@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from operator import attrgetter
 
 from vmthunder.errors import CorruptChunk, OriginUnavailable, VMThunderError
@@ -35,7 +36,7 @@ MAX_UNSTORED_BYTES = 32 << 20
 LOADERS = 4
 """Threads that load, verify and decode what must be waited for."""
 ALONE_CHUNKS = 3
-"""Chunks that the loop's thread decodes without its helper: waking another thread costs as much as decoding a chunk."""
+"""Chunks that the loop's thread decodes by itself: waking another thread costs as much as decoding a chunk."""
 SLOW_S = 1.0
 """A flight that is as old as this is shown as one that somebody waits for."""
 _WRONG_BYTES = "the origin sends wrong bytes"
@@ -317,7 +318,11 @@ class Fetcher:
                 continue
             break
         self._recovered()
-        outcomes = await self._loop.run_in_executor(self._loaders, unpack, flight.image, flight.rows, deliveries)
+        unpacking = partial(unpack, flight.image, flight.rows, deliveries)
+        if len(deliveries) <= ALONE_CHUNKS:
+            outcomes = unpacking()
+        else:
+            outcomes = await self._loop.run_in_executor(self._loaders, unpacking)
         right: list[tuple[ChunkRow, Buffer]] = []
         for row, delivery in zip(flight.rows, deliveries, strict=True):
             if want_of(flight.image, row) in outcomes:

@@ -42,6 +42,7 @@ from vmthunder.node.source import OriginSource
 from vmthunder.node.stall import Stall
 from vmthunder.node.status import Status
 from vmthunder.origin.origin import Origin
+from vmthunder.origin.ranges import RangeReader
 from vmthunder.swarm.key import ClusterKey
 
 log = logging.getLogger(__name__)
@@ -91,7 +92,9 @@ async def _serve(settings: AgentSettings, handoff: Handoff) -> Leave:
             stack.callback(cache.close)
             await asyncio.to_thread(cache.recover)
             decoded = DecodedChunks(settings.decoded_bytes)
-            origin_source = OriginSource(origin)
+            ranges = RangeReader(origin, key and key.token)
+            stack.callback(ranges.close)
+            origin_source = OriginSource(ranges)
             peers = None if key is None or settings.tracker is None else Peers(settings, key, origin_source, reads)
             fetcher = Fetcher(peers.source if peers else origin_source, cache, decoded)
             stall = Stall(time.monotonic)
