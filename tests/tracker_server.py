@@ -50,6 +50,12 @@ class Server:
         self.url = line.split()[-1]
         self._port = int(line.rpartition(":")[2])
 
+    def terminate(self) -> None:
+        assert self._process is not None
+        self._process.terminate()
+        self._process.communicate()
+        self._process = None
+
     def kill(self) -> None:
         if self._process is not None:
             self._process.kill()

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from conftest import RunCli, one_line
-from vmthunder.bench.boot import GuestDisk
+from vmthunder.bench.guest import GuestDisk
 from vmthunder.bench.plot import plot_boot
 from vmthunder.bench.read import CHUNKS, COLD, LOCAL, MATERIALIZED, NBDKIT, PAGES, QEMU_NBD
 from vmthunder.errors import CorruptFile, NotFound

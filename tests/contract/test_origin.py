@@ -125,6 +125,19 @@ def test_packs_and_manifests_are_listed_and_deleted(place: Place, run: asyncio.R
         run.run(origin.remove_ref(NAME))
 
 
+def test_a_profile_is_stored_replaced_listed_and_deleted(place: Place, run: asyncio.Runner) -> None:
+    image, origin, writer = ImageId(b"i" * 32), place.open(), place.open_writer()
+    with pytest.raises(NotFound, match="no profile of image 6969"):
+        run.run(origin.profile(image))
+    for data in (b"first", b"second"):
+        run.run(writer.put_profile(image, data))
+        assert bytes(run.run(origin.profile(image))) == data
+    assert run.run(writer.profiles()) == [image]
+    for _ in range(2):
+        run.run(writer.delete_profile(image))
+    assert run.run(writer.profiles()) == []
+
+
 def test_a_pack_that_was_cut_is_seen_by_its_footer(place: Place, run: asyncio.Runner) -> None:
     origin = place.open_writer()
     _, pack, data = run.run(publish(origin))

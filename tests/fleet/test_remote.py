@@ -20,6 +20,10 @@ KEY = ClusterKey(bytes(32))
 STATUS = {"pid": 1, "fetch": {"bytes_from_origin": 0, "bytes_from_peers": 0, "bytes_from_cache": 0, "stalled_s": 0.0}}
 
 
+async def no_agent(_request: object, _progress: object) -> Any:
+    raise AssertionError("what is nonsense must not get so far")
+
+
 def with_node(
     tmp_path: Path, work: Callable[[NodeClient, int], Awaitable[None]], token: str = KEY.orders_token
 ) -> None:
@@ -31,7 +35,7 @@ def with_node(
     async def run() -> None:
         lost: list[Any] = []
         asyncio.get_running_loop().set_exception_handler(lambda _loop, context: lost.append(context))
-        server, port = await listen(settings, KEY, lambda: STATUS)
+        server, port = await listen(settings, KEY, lambda: STATUS, no_agent)
         async with server, aiohttp.ClientSession(headers={"Authorization": f"Bearer {token}"}) as session:
             await work(NodeClient(session, FleetNode("node", f"http://127.0.0.1:{port}")), port)
         assert not lost
@@ -162,5 +166,26 @@ def test_connections_beyond_the_limit_are_told_so(tmp_path: Path, monkeypatch: p
         assert b" 503 " in await said_to(port, request_of("GET", "/status"))
         for _, writer in held:
             writer.close()
+
+    with_node(tmp_path, work)
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        {},
+        {"image": "x", "what": "half", "rate_bytes_s": 0},
+        {"image": "x", "what": "full", "rate_bytes_s": -1},
+        {"image": "x", "what": "full", "rate_bytes_s": True},
+        {"image": "x\0", "what": "full", "rate_bytes_s": 0},
+        {"image": "x", "what": [], "rate_bytes_s": 0},
+        {"image": "x", "what": "full", "rate_bytes_s": 0, "more": 1},
+    ],
+)
+def test_an_image_is_not_brought_for_nonsense(tmp_path: Path, wanted: dict[str, Any]) -> None:
+    async def work(client: NodeClient, port: int) -> None:
+        del port
+        with pytest.raises(Usage):
+            await client.precache(wanted, lambda _: None)
 
     with_node(tmp_path, work)

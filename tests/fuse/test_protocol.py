@@ -85,7 +85,14 @@ def test_the_init_of_an_old_kernel_is_short() -> None:
 def test_the_init_reply() -> None:
     flags = InitFlag.ASYNC_READ | InitFlag.INIT_EXT | InitFlag.PASSTHROUGH
     reply = protocol.encode_init(
-        UNIQUE, minor=40, flags=flags, max_readahead_bytes=524288, max_background=512, max_pages=256, stack_depth=1
+        UNIQUE,
+        minor=40,
+        flags=flags,
+        max_readahead_bytes=524288,
+        max_background=512,
+        max_pages=256,
+        max_write_bytes=4096,
+        stack_depth=1,
     )
     assert reply.hex() == (
         "50000000" "00000000" "8877665544332211"

@@ -3,7 +3,8 @@ import pytest
 from node.images import CHUNK_BYTES, Packs, random_image
 from vmthunder.ids import ChunkId, PackId
 from vmthunder.image.manifest import ChunkRow
-from vmthunder.node.source import MAX_RUN_BYTES, Errand, OriginSource, runs
+from vmthunder.node.source import MAX_RUN_BYTES, OriginSource, runs
+from vmthunder.node.turns import Errand
 
 
 def test_chunks_back_to_back_in_a_pack_are_one_run() -> None:

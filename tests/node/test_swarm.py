@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from node.images import Image, Packs, random_image
+from node.images import Image, Packs, random_image, settled
 from vmthunder.ids import Buffer, ChunkId, ImageId, NodeId, digest
 from vmthunder.image.manifest import Manifest
+from vmthunder.node.background import Background
 from vmthunder.node.cache import ChunkCache
 from vmthunder.node.decoded import DecodedChunks
 from vmthunder.node.fetch import Fetcher
@@ -216,3 +217,39 @@ async def test_an_upload_limit_is_kept(make_swarm: Make) -> None:
     took_s = asyncio.get_running_loop().time() - begin_s
     # What the limit delays the origin may send instead; what was sent kept to it.
     assert 0 < first.relay.sent_bytes <= size * (took_s / 0.5 + 0.15)
+
+
+async def test_a_reader_hurries_a_background_read_all_the_way_up(make_swarm: Make) -> None:
+    """The flight of each node on the way is the one that was there; the origin is asked once, and first for this."""
+    swarm = await make_swarm(6, stripes=1, fanout=2)
+    child = swarm.nodes[-1]
+    (row,) = swarm.image.rows(7, 1)
+    with swarm.packs.hold():
+        child.fetcher.bring(swarm.image.manifest, [row])
+        await settled(lambda: swarm.packs.requests)
+        way = [node for node in swarm.nodes if node.fetcher._flights]
+        assert len(way) >= 3
+        assert not any(node.fetcher.urgent for node in swarm.nodes)
+        reading = asyncio.create_task(child.read(swarm.image, 7, 1))
+        await settled(lambda: all(node.fetcher.urgent == 1 for node in way))
+    assert await reading == swarm.image.slices(7, 1)
+    assert len(swarm.packs.requests) == 1
+    assert all(node.fetcher.stats.hurried == 1 for node in way)
+    assert all(node.source.ranking.hedges == 0 for node in swarm.nodes)
+
+
+async def test_nodes_that_bring_the_same_in_the_background_get_it_from_the_origin_once(make_swarm: Make) -> None:
+    swarm = await make_swarm(8)
+    rows = swarm.image.rows(0, 10**6)
+    arrived = [0] * 8
+
+    async def bring(number: int) -> None:
+        def count(_row: object, _slice: object) -> None:
+            arrived[number] += 1
+
+        await Background(swarm.nodes[number].fetcher).bring(swarm.image.manifest, rows, count)
+
+    await asyncio.gather(*map(bring, range(8)))
+    assert swarm.origin_copies <= 1.05
+    await asyncio.gather(*(node.read_all(swarm.image) for node in swarm.nodes))
+    assert swarm.origin_copies <= 1.05

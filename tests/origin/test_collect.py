@@ -52,13 +52,16 @@ async def test_gc_removes_what_no_name_reaches_and_nothing_else(origin: Origin) 
     old = await publish(origin, "a", 0)
     kept = await publish(origin, "b", 100)
     await publish(origin, "a", 200)  # republished: the old version is litter
+    for ref in (old, kept):
+        await origin.put_profile(ref.image_id, b"profile")
     (origin.directory / "tmp/left-by-a-crash").write_bytes(b"x")
     dry = await collect(origin, dry_run=True)
-    assert (dry.packs, dry.manifests, dry.kept_packs) == (1, 1, 2)
-    assert len(await origin.packs()) == 3
+    assert (dry.packs, dry.manifests, dry.profiles, dry.kept_packs) == (1, 1, 1, 2)
+    assert (len(await origin.packs()), len(await origin.profiles())) == (3, 2)
     done = await collect(origin)
-    assert (done.packs, done.manifests, done.kept_packs) == (1, 1, 2)
+    assert (done.packs, done.manifests, done.profiles, done.kept_packs) == (1, 1, 1, 2)
     assert old.image_id not in await origin.manifests()
+    assert await origin.profiles() == [kept.image_id]
     assert (await verify_image(origin, kept.name)).damaged == ()
     assert (await verify_image(origin, image_name("a"))).damaged == ()
     assert not (origin.directory / "tmp").exists()

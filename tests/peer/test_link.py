@@ -333,3 +333,45 @@ async def test_a_slow_peer_that_answers_pings_is_kept(monkeypatch: pytest.Monkey
         (waiter,) = alice.get(ROUTE, [(chunk_id(1), SIZE)])
         asyncio.get_running_loop().call_later(1.5, coming.set_result, body(chunk_id(1)))
         assert await waiter == body(chunk_id(1))
+
+
+async def test_a_hurried_request_overtakes_those_that_nobody_waits_for() -> None:
+    order: list[ChunkId] = []
+    async with linked() as (alice, bob):
+        assert alice._transport is not None
+        alice._transport.pause_reading()
+        waiting = [waiter for first in (0, 250) for waiter in alice.get(ROUTE, chunks(first))]
+        await until(lambda: bool(bob._todo[Priority.BACKGROUND]))
+        alice.hurry(waiting[-1])
+        await until(
+            lambda: not bob._todo[Priority.BACKGROUND].keys() & {waiting[-1]} and bool(bob._todo[0] or bob._ready[0])
+        )
+        for waiter in waiting:
+            waiter.add_done_callback(lambda done: order.append(ChunkId(bytes(done.result()[:32]))))
+        alice._transport.resume_reading()
+        await asyncio.gather(*waiting)
+    assert order.index(chunk_id(499)) < 400
+
+
+async def test_a_hurried_request_that_is_being_made_is_asked_for_again_as_urgent() -> None:
+    asked: list[Priority] = []
+    release = asyncio.Event()
+
+    class Slow(Shelf):
+        def answer(self, peer: NodeId, chunk: ChunkId, route: Route) -> Answer | Awaitable[Answer]:
+            asked.append(route.priority)
+            return self._later(chunk)
+
+        async def _later(self, chunk: ChunkId) -> Answer:
+            await release.wait()
+            return body(chunk)
+
+    async with linked(Slow()) as (alice, _):
+        (waiter,) = alice.get(ROUTE, [(chunk_id(1), SIZE)])
+        await until(lambda: bool(asked))
+        alice.hurry(waiter)
+        await until(lambda: len(asked) == 2)
+        release.set()
+        assert await waiter == body(chunk_id(1))
+        alice.hurry(waiter)  # answered already: nothing is sent, nothing breaks
+    assert asked == [Priority.BACKGROUND, Priority.DEMAND]

@@ -5,8 +5,6 @@ a new agent with nothing on its disk. Booted one after the other, each way once 
 """
 
 import asyncio
-import json
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
@@ -17,14 +15,14 @@ from pathlib import Path
 from typing import Any, Final
 
 from vmthunder.bench.disk import empty_disk
+from vmthunder.bench.guest import GuestDisk, build_guest
 from vmthunder.bench.link import Link
 from vmthunder.bench.machine import facts
 from vmthunder.bench.namespaces import isolate
 from vmthunder.bench.node import Node, compute_node, image_server, publish
-from vmthunder.bench.processes import finish
 from vmthunder.bench.reader import warm
 from vmthunder.bench.rows import Figures, Round, medians, ratio, rotated, rounded
-from vmthunder.errors import CorruptFile, NotFound, Usage
+from vmthunder.errors import Usage
 from vmthunder.lab.shaping import Rate
 from vmthunder.vm.backing import BackingImage
 from vmthunder.vm.boot import boot
@@ -41,34 +39,8 @@ _IMAGE = "guest"
 _CACHE_BYTES = 4 << 30
 _DISK_BYTES = 16 << 30
 _BOOT_TIMEOUT_S = 300.0
-_BUILD_TIMEOUT_S = 900.0
-_BUILD_GUEST = Path(__file__).parents[3] / "scripts" / "build-guest"
 
 Say = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class GuestDisk:
-    """A guest as `scripts/build-guest` leaves it."""
-
-    disk: Path
-    memory_bytes: int
-    ready_pattern: str
-
-    @classmethod
-    def load(cls, directory: Path) -> "GuestDisk":
-        """Raises NotFound, CorruptFile."""
-        facts_file, disk = directory / "guest.json", directory / "disk.raw"
-        for path in (facts_file, disk):
-            if not path.is_file():
-                raise NotFound(f"{path} is not there; make a guest with scripts/build-guest")
-        try:
-            found = json.loads(facts_file.read_text())
-            return cls(disk, int(found["memory_mib"]) << 20, found["ready"])
-        except (ValueError, KeyError, TypeError):
-            raise CorruptFile(
-                f"{facts_file} does not describe a guest; make it again with scripts/build-guest"
-            ) from None
 
 
 @dataclass(frozen=True)
@@ -83,15 +55,6 @@ Way = Callable[[], AbstractContextManager[Place]]
 """Makes the place of a boot: a node that must be cold is a new one each time."""
 
 
-def build_guest() -> Path:
-    """The folder of the lean guest, which is built once per machine. Needs a checkout. Raises Usage, Failure."""
-    if not _BUILD_GUEST.is_file():
-        raise Usage("this installation has no scripts/build-guest; name a guest's folder with --guest")
-    with tempfile.NamedTemporaryFile("r", prefix="vmthunder-build-guest-") as log:
-        finish("build-guest", [str(_BUILD_GUEST), "--kind", "lean"], Path(log.name), _BUILD_TIMEOUT_S)
-        return Path(json.loads(log.read().splitlines()[-1])["folder"])
-
-
 def bench_boot(
     guest: Path | None, rates: Sequence[Rate], chunk_sizes: Sequence[int], rounds: int, say: Say
 ) -> dict[str, Any]:
@@ -103,7 +66,7 @@ def bench_boot(
     if rounds < 1:
         raise Usage("at least one round is needed")
     say("the guest is built, unless it was before")
-    disk = GuestDisk.load(guest or build_guest())  # before `isolate`: a build needs the network
+    disk = GuestDisk.load(guest or build_guest("lean"))  # before `isolate`: a build needs the network
     isolate()
     with empty_disk(None, _DISK_BYTES, say) as work, ExitStack() as stack:
         ways = _ways(work, disk, rates, chunk_sizes, stack, say)
@@ -126,7 +89,7 @@ def _ways(
     work: Path, disk: GuestDisk, rates: Sequence[Rate], chunk_sizes: Sequence[int], stack: ExitStack, say: Say
 ) -> dict[str, Way]:
     warm(disk.disk)
-    local = BackingImage(_IMAGE, "", disk.disk, disk.disk.stat().st_size)
+    local = disk.local()
     ways: dict[str, Way] = {LOCAL: _standing(Place(lambda: local))}
     numbers = count()
     for chunk_bytes in chunk_sizes:

@@ -17,6 +17,7 @@ from vmthunder.cli.sizes import BYTES, BYTES_PER_SECOND
 from vmthunder.cli.swarm import ask_tracker
 from vmthunder.errors import Failure, NotFound, OriginUnavailable, Usage
 from vmthunder.node.control import AgentClient
+from vmthunder.node.policy import parse_policy
 from vmthunder.node.settings import (
     DEFAULT_CONTROL_LISTEN,
     DEFAULT_PEER_LISTEN,
@@ -117,6 +118,24 @@ def _client(run_dir: Path) -> AgentClient:
     show_default="none",
     help="From nodes and origin together; only with other nodes (p2p).",
 )
+@click.option(
+    "--prefetch/--no-prefetch",
+    default=True,
+    help="Whether to learn what boots of an image read, and to bring it here before the next guest asks.",
+)
+@click.option(
+    "--prefetch-memory", type=BYTES, default="256MiB", help="Prefetched chunks that may be put into the page cache."
+)
+@click.option(
+    "--hydrate",
+    metavar="RATE",
+    type=BYTES_PER_SECOND,
+    is_flag=False,
+    flag_value="0",
+    show_default="off",
+    help="After a boot, bring the rest of its image into the cache: at 200mbit, or as fast as disturbs nobody.",
+)
+@click.option("--policy", type=_DIRECTORY, help="TOML file of images to be kept on this node; read again on change.")
 @click.option("--detach", is_flag=True, help="Run in the background; return when the mount serves.")
 @click.option(
     "--restart", is_flag=True, help="Hand the running agent's mount over to a new worker, from the code installed now."
@@ -140,10 +159,16 @@ def agent(
     rack: str,
     upload_limit: int,
     download_limit: int,
+    prefetch: bool,
+    prefetch_memory: int,
+    hydrate: int | None,
+    policy: Path | None,
     detach: bool,
     restart: bool,
     stop: bool,
     as_json: bool,
+    nova: bool = False,
+    complete_after: float = 0.0,
 ) -> None:
     """Show every published image as a file on this node, chunk by chunk as it is read.
 
@@ -161,6 +186,8 @@ def agent(
     else:
         if not origin:
             raise Usage("an agent needs --origin (or VMTHUNDER_ORIGIN): a directory, an http(s):// or an s3:// URL")
+        if policy is not None:
+            check_policy(policy)
         # Imported here: the other commands need no FUSE.
         from vmthunder.node.agent import run, run_detached
 
@@ -181,12 +208,28 @@ def agent(
             rack=rack,
             upload_limit_bytes_s=upload_limit,
             download_limit_bytes_s=download_limit,
+            prefetch=prefetch,
+            prefetch_memory_bytes=prefetch_memory,
+            nova=nova,
+            complete_after_s=complete_after,
+            hydrate_bytes_s=hydrate,
+            policy=policy and policy.absolute(),
         )
         _check_key(settings)
         if not detach:
             run(settings)
         report = run_detached(settings)
         emit(as_json, report, lambda: console.print(f"images of {report['origin']} are in {report['mount']}"))
+
+
+def check_policy(path: Path) -> None:
+    """Raises Usage: an agent would not follow it."""
+    try:
+        parse_policy(path.read_text())
+    except OSError as error:
+        raise Usage(f"{path}: {error.strerror}") from None
+    except Usage as error:
+        raise Usage(f"{path}: {error}") from None
 
 
 def _tracker(origin: str, tracker: str | None, key_file: Path | None) -> str | None:
@@ -255,6 +298,16 @@ def _print_status(report: dict[str, Any]) -> None:
         console.print(f"swarm    node {swarm['node_id'][:8]}, tracker {swarm['tracker']}{state}")
         for found in swarm["swarms"]:
             console.print(f"swarm    {found['image_id'][:12]}: {found['members']} nodes")
+    ahead = report["prefetch"]
+    if ahead is not None and (ahead["chunks"] or ahead["misses"] or ahead["boots_sent"]):
+        console.print(
+            f"prefetch {ahead['chunks']} chunks, {size_text(ahead['bytes'])}: {ahead['hits']} read so far, "
+            f"{ahead['wasted']} not; {ahead['misses']} misses; {size_text(ahead['pushed_bytes'])} in the page cache; "
+            f"{ahead['boots_sent']} boots learned"
+        )
+    for order in report["ahead"]["orders"]:
+        done, total = size_text(order["done_bytes"]), size_text(order["total_bytes"])
+        console.print(f"precache {order['image_id'][:12]} {order['what']}: {done} of {total}")
     lost = [name for name, there in report["kernel"].items() if not there]
     if lost:
         console.print(f"kernel   has no {', '.join(lost)}")
@@ -270,7 +323,7 @@ def _print_status(report: dict[str, Any]) -> None:
                 size_text(image["virtual_bytes"]),
                 str(image["open"]),
                 size_text(image["read_bytes"]),
-                "local copy" if image["materialized"] else "on demand",
+                ("local copy" if image["materialized"] else "on demand") + (", pinned" if image["pinned"] else ""),
             )
         console.print(table)
     waiting = report["waiting"]

@@ -13,6 +13,8 @@ from vmthunder.cli.main import LazyGroup
         "read": "vmthunder.cli.bench_read:read",
         "boot": "vmthunder.cli.bench_boot:boot",
         "publish": "vmthunder.cli.bench_publish:publish",
+        "storm": "vmthunder.cli.bench_storm:storm",
+        "rivals": "vmthunder.cli.bench_rivals:rivals",
         "spread": "vmthunder.cli.bench_spread:spread",
     },
 )

@@ -14,7 +14,7 @@ from rich.live import Live
 from rich.table import Table
 
 from vmthunder.cli.cluster_key import load_key
-from vmthunder.cli.output import console, emit, progress_console, size_text
+from vmthunder.cli.output import bytes_progress, console, emit, progress_console, size_text
 from vmthunder.errors import Failure, NotFound, Usage, VMThunderError
 from vmthunder.fleet.nodes import NodeClient, clients
 from vmthunder.fleet.storm import SOURCES, Boot, Refusal, Storm, plan, survey
@@ -135,6 +135,37 @@ async def destroy_vms(nodes: Sequence[NodeClient], names: Sequence[str]) -> tupl
         else:
             gone += [{"node": client.node.name, "name": name} for name in answer]
     return gone, refused
+
+
+async def precache_nodes(
+    nodes: Sequence[NodeClient], names: Sequence[str] | None, wanted: Mapping[str, Any]
+) -> tuple[list[dict[str, Any]], list[Refusal]]:
+    """Bring an image to these nodes, or to all, with a bar for each; what it came to on each. Raises NotFound."""
+    unknown = set(names or ()) - {client.node.name for client in nodes}
+    if unknown:
+        raise NotFound(f"the tracker knows no node {min(unknown)}; `vmthunder swarm` shows those that it knows")
+    chosen = [client for client in nodes if names is None or client.node.name in names]
+    with bytes_progress() as bars:
+
+        async def bring(client: NodeClient) -> dict[str, Any]:
+            bar = bars.add_task(client.node.name)
+
+            def heard(line: Mapping[str, Any]) -> None:
+                if isinstance(far := line.get("progress"), dict):
+                    bars.update(bar, completed=far.get("done_bytes"), total=far.get("total_bytes"))
+
+            return {"node": client.node.name, **await client.precache(wanted, heard)}
+
+        answers = await asyncio.gather(*map(bring, chosen), return_exceptions=True)
+    done, refused = [], []
+    for client, answer in zip(chosen, answers, strict=True):
+        if isinstance(answer, VMThunderError):
+            refused.append(Refusal(client.node, answer))
+        elif isinstance(answer, BaseException):
+            raise answer
+        else:
+            done.append(answer)
+    return done, refused
 
 
 def print_refusals(refused: Iterable[Refusal]) -> None:

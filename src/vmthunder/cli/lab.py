@@ -6,8 +6,8 @@ import click
 from rich.table import Table
 
 from vmthunder.cli.output import console, emit, json_option, size_text
-from vmthunder.errors import MissingTool
-from vmthunder.lab.cluster import Cluster, clusters, remove_cluster
+from vmthunder.errors import MissingTool, Usage
+from vmthunder.lab.cluster import MAX_NODES, Cluster, clusters, remove_cluster
 from vmthunder.lab.shaping import Rate
 
 name_option = click.option("--name", default="lab", help="Name of the cluster.")
@@ -23,7 +23,23 @@ class RateType(click.ParamType[Rate]):
         return value if isinstance(value, Rate) else Rate.parse(str(value))
 
 
+class NodeCountsType(click.ParamType[list[int]]):
+    """Numbers of nodes, each for a cluster of its own: `8` or `1,4,8`."""
+
+    name = "N,…"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> list[int]:
+        del param, ctx
+        if isinstance(value, list):
+            return value
+        parts = str(value).split(",")
+        if not all(part.isdecimal() and 1 <= int(part) <= MAX_NODES for part in parts):
+            raise Usage(f"{value!r} is no list of numbers of nodes; write 8 or 1,4,8, each at most {MAX_NODES}")
+        return [int(part) for part in parts]
+
+
 RATE = RateType()
+NODE_COUNTS = NodeCountsType()
 
 
 @click.group()

@@ -1,4 +1,4 @@
-"""`vmthunder server`: a directory of images over HTTP, and the tracker of the nodes that use them."""
+"""`vmthunder server`: a directory of images over HTTP, profiles of their boots, and the tracker of the nodes that use them."""
 
 import asyncio
 import ipaddress
@@ -10,7 +10,9 @@ import click
 
 from vmthunder.cli.cluster_key import cluster_key_option
 from vmthunder.node.settings import parse_address
+from vmthunder.origin.origin import Origin
 from vmthunder.origin.server import make_app, serve
+from vmthunder.profile.service import ProfileService
 from vmthunder.swarm.access import key_holders_only
 from vmthunder.swarm.key import DEFAULT_KEY_FILE, ClusterKey
 from vmthunder.swarm.service import TrackerService
@@ -25,7 +27,8 @@ from vmthunder.swarm.topology import DEFAULT_FANOUT, DEFAULT_STRIPES
 @click.option("--stripes", default=DEFAULT_STRIPES, help="Trees over the nodes of an image.")
 @click.option("--fanout", default=DEFAULT_FANOUT, help="Nodes that one sends a stripe to.")
 def server(root: Path, listen: str, cluster_key: Path | None, p2p: bool, stripes: int, fanout: int) -> None:
-    """Serve the images of a directory over HTTP, so that a node needs only a URL, and track which nodes use them.
+    """Serve the images of a directory over HTTP, so that a node needs only a URL; track which nodes use them, and
+    learn what their boots read.
 
     The first line on stdout is `listening on http://…`. Ends on SIGTERM or Ctrl-C. Beyond loopback, or with
     --cluster-key, only those who have the cluster key are answered; it is made at the first start.
@@ -53,6 +56,7 @@ async def _run(root: Path, host: str, port: int, key_file: Path | None, shape: t
     app = make_app(root)
     if key_file is not None:
         app.middlewares.append(key_holders_only(ClusterKey.load_or_create(key_file).token))
+    ProfileService(Origin.open(str(root))).attach(app)
     if shape is not None:
         stripes, fanout = shape
         TrackerService(stripes=stripes, fanout=fanout).attach(app)

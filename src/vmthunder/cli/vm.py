@@ -1,6 +1,7 @@
 """`vmthunder boot`, `ps`, `console`, `destroy`: virtual machines of this host."""
 
 import asyncio
+import contextlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
@@ -15,7 +16,7 @@ from vmthunder.cli.output import console as terminal
 from vmthunder.cli.output import emit, json_option, size_text
 from vmthunder.cli.sizes import BYTES
 from vmthunder.cli.swarm import tracker_option
-from vmthunder.errors import Usage
+from vmthunder.errors import Usage, VMThunderError
 from vmthunder.node.control import AgentClient
 from vmthunder.node.settings import DEFAULT_RUN_DIR, DEFAULT_STATE_DIR, control_socket
 from vmthunder.vm.backing import BackingImage, NodeCounters
@@ -181,6 +182,8 @@ def boot(
             on_step=_tell if progress else lambda _: None,
         )
     )
+    with contextlib.suppress(VMThunderError):  # a guest that runs needs no agent
+        agent.booted(backing.image_id)
     emit(as_json, report.to_dict(), lambda: _print_report(report))
 
 

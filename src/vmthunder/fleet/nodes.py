@@ -83,8 +83,15 @@ class NodeClient:
 
     async def boot(self, wanted: Mapping[str, Any], heard: Heard) -> dict[str, Any]:
         """Boot one there; the report, as `vmthunder boot --json` prints it. `heard` is told each line on the way."""
+        return await self._order("/vms", wanted, heard)
+
+    async def precache(self, wanted: Mapping[str, Any], heard: Heard) -> dict[str, Any]:
+        """Bring an image there; what it came to. `heard` is told each line on the way."""
+        return await self._order("/precache", wanted, heard)
+
+    async def _order(self, path: str, wanted: Mapping[str, Any], heard: Heard) -> dict[str, Any]:
         async with self._errors():
-            async with self._session.post(f"{self.node.url}/vms", json=wanted) as response:
+            async with self._session.post(self.node.url + path, json=wanted) as response:
                 if response.status != 200:
                     await self._value(response)
                 async for line in response.content:

@@ -1,6 +1,6 @@
 """The keeper: holds the FUSE connection while workers come and go.
 
-    python -m vmthunder.fuse.keeper MOUNTPOINT READY_FD WORKER ARGUMENT…
+    python -m vmthunder.fuse.keeper MOUNTPOINT ro|rw READY_FD WORKER ARGUMENT…
 
 It mounts, answers INIT, starts the worker and waits. As long as one process holds the device open the mount lives, and
 what guests ask for meanwhile waits in the kernel. The keeper reads no further request, takes no memory, imports next to
@@ -159,7 +159,7 @@ def _swap(path: str, text: str) -> str:
     return before
 
 
-def _handshake(fuse_fd: int, mounted: Mount) -> Negotiated:
+def _handshake(fuse_fd: int, mounted: Mount, writable: bool) -> Negotiated:
     """Answer INIT, the kernel's first request. Raises MissingTool for a kernel that is too old, Failure."""
     poll = select.poll()
     poll.register(fuse_fd, select.POLLIN)
@@ -170,7 +170,7 @@ def _handshake(fuse_fd: int, mounted: Mount) -> Negotiated:
     message = os.read(fuse_fd, REQUEST_BUFFER_BYTES)
     try:
         request = decode_request(message, len(message))
-        negotiated, reply, losses = negotiate(request, decode_init(message, len(message)))
+        negotiated, reply, losses = negotiate(request, decode_init(message, len(message)), writable=writable)
     except UnsupportedKernel as error:
         raise MissingTool(str(error)) from error
     os.write(fuse_fd, reply)
@@ -183,7 +183,7 @@ def _handshake(fuse_fd: int, mounted: Mount) -> Negotiated:
     return negotiated
 
 
-def keep(mountpoint: str, ready_fd: int, worker_argv: list[str]) -> int:
+def keep(mountpoint: str, writable: bool, ready_fd: int, worker_argv: list[str]) -> int:
     """Mount, keep, unmount. Returns the exit status. Raises VMThunderError where it cannot begin."""
     for number in _IGNORED:
         signal.signal(number, signal.SIG_IGN)
@@ -195,9 +195,9 @@ def keep(mountpoint: str, ready_fd: int, worker_argv: list[str]) -> int:
         fuse_fd = os.open("/dev/fuse", os.O_RDWR | os.O_NONBLOCK)
     except OSError as error:
         raise MissingTool(f"cannot open /dev/fuse: {error.strerror}; load FUSE with `modprobe fuse`") from error
-    mounted = mounts.mount(fuse_fd, mountpoint)
+    mounted = mounts.mount(fuse_fd, mountpoint, writable=writable)
     try:
-        keeper = Keeper(fuse_fd, mounted, _handshake(fuse_fd, mounted), worker_argv, ready_fd)
+        keeper = Keeper(fuse_fd, mounted, _handshake(fuse_fd, mounted, writable), worker_argv, ready_fd)
         try:
             libc.mlockall(libc.MCL_CURRENT | libc.MCL_FUTURE)
         except OSError as error:
@@ -208,9 +208,9 @@ def keep(mountpoint: str, ready_fd: int, worker_argv: list[str]) -> int:
 
 
 def main(argv: list[str]) -> int:
-    mountpoint, ready_fd, *worker_argv = argv
+    mountpoint, mode, ready_fd, *worker_argv = argv
     try:
-        return keep(mountpoint, int(ready_fd), worker_argv)
+        return keep(mountpoint, mode == "rw", int(ready_fd), worker_argv)
     except VMThunderError as error:
         say(str(error))
         return error.exit_code

@@ -49,8 +49,8 @@ def find_mount(mountpoint: str) -> Mount | None:
     return found[-1] if found else None
 
 
-def mount(fuse_fd: int, mountpoint: str) -> Mount:
-    """Mount the file system that answers on `fuse_fd`, read-only, for all users.
+def mount(fuse_fd: int, mountpoint: str, *, writable: bool = False) -> Mount:
+    """Mount the file system that answers on `fuse_fd` for all users; the kernel checks their permissions.
 
     Raises:
         NotFound: no such directory.
@@ -58,7 +58,9 @@ def mount(fuse_fd: int, mountpoint: str) -> Mount:
         MissingTool: the kernel has no FUSE.
     """
     options = f"fd={fuse_fd},rootmode=40000,user_id=0,group_id=0,allow_other,default_permissions"
-    flags = libc.MS_RDONLY | libc.MS_NOSUID | libc.MS_NODEV | libc.MS_NOEXEC
+    flags = libc.MS_NOSUID | libc.MS_NODEV | libc.MS_NOEXEC
+    if not writable:
+        flags |= libc.MS_RDONLY
     try:
         libc.mount("vmthunder", mountpoint, KIND, flags, options)
     except OSError as error:

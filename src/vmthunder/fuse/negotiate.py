@@ -7,9 +7,11 @@ import json
 from typing import NamedTuple
 
 from vmthunder.fuse.protocol import (
+    LEAST_WRITE_BYTES,
     MINOR,
     OLDEST_MINOR,
     PAGE_BYTES,
+    REQUEST_BUFFER_BYTES,
     InitFlag,
     InitIn,
     ProtocolError,
@@ -21,6 +23,8 @@ READAHEAD_BYTES = 512 * 1024
 """How far the kernel reads ahead of a sequential reader."""
 MAX_READ_BYTES = 1024 * 1024
 """The longest READ: 256 pages, the most that a kernel without tuning allows."""
+MAX_WRITE_BYTES = 32 * PAGE_BYTES
+"""The longest WRITE, where writing is possible at all."""
 PLAIN_READ_BYTES = 32 * PAGE_BYTES
 """The longest READ of a kernel without MAX_PAGES."""
 MAX_BACKGROUND = 512
@@ -52,6 +56,12 @@ class Negotiated(NamedTuple):
     flags: int
     max_read_bytes: int
     max_readahead_bytes: int
+    max_write_bytes: int = LEAST_WRITE_BYTES
+
+    @property
+    def request_bytes(self) -> int:
+        """The longest request: header and structure of a WRITE take less than a page."""
+        return max(REQUEST_BUFFER_BYTES, PAGE_BYTES + self.max_write_bytes)
 
     @property
     def resend(self) -> bool:
@@ -76,7 +86,7 @@ class Negotiated(NamedTuple):
         return cls(**json.loads(text))
 
 
-def negotiate(request: Request, offer: InitIn) -> tuple[Negotiated, bytes, list[str]]:
+def negotiate(request: Request, offer: InitIn, *, writable: bool = False) -> tuple[Negotiated, bytes, list[str]]:
     """What we agree on, the INIT reply that says so, and one line for each thing that is lost.
 
     Raises:
@@ -89,7 +99,7 @@ def negotiate(request: Request, offer: InitIn) -> tuple[Negotiated, bytes, list[
         raise UnsupportedKernel(
             f"the kernel speaks FUSE {offer.major}.{offer.minor}; 7.{OLDEST_MINOR} (Linux 3.15) or later is needed"
         )
-    flags = offer.flags & WANTED
+    flags = offer.flags & (WANTED | InitFlag.BIG_WRITES if writable else WANTED)
     if not flags & InitFlag.INIT_EXT:
         flags &= 0xFFFFFFFF
     large = bool(flags & InitFlag.MAX_PAGES)
@@ -98,6 +108,7 @@ def negotiate(request: Request, offer: InitIn) -> tuple[Negotiated, bytes, list[
         flags=int(flags),
         max_read_bytes=MAX_READ_BYTES if large else PLAIN_READ_BYTES,
         max_readahead_bytes=READAHEAD_BYTES,
+        max_write_bytes=MAX_WRITE_BYTES if writable else LEAST_WRITE_BYTES,
     )
     reply = encode_init(
         request.unique,
@@ -106,6 +117,7 @@ def negotiate(request: Request, offer: InitIn) -> tuple[Negotiated, bytes, list[
         max_readahead_bytes=READAHEAD_BYTES,
         max_background=MAX_BACKGROUND,
         max_pages=MAX_READ_BYTES // PAGE_BYTES if large else 0,
+        max_write_bytes=agreed.max_write_bytes,
         stack_depth=STACK_DEPTH if agreed.passthrough else 0,
     )
     return agreed, reply, _losses(agreed)

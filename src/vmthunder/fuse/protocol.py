@@ -1,4 +1,6 @@
-"""The kernel's FUSE protocol as bytes: what a read-only file system needs of it, and nothing that touches a file.
+"""The kernel's FUSE protocol as bytes: what every file system of ours needs of it, and nothing that touches a file.
+
+What only a writable one needs is in `fuse.writing`.
 
 Facts come from the kernel's include/uapi/linux/fuse.h (numbers and layouts) and fs/fuse/dev.c (what it does with a
 reply). Numbers are in the byte order of the host; every structure is a multiple of 8 bytes. A request is one read(2)
@@ -22,8 +24,8 @@ OLDEST_MINOR = 23
 
 REQUEST_BUFFER_BYTES = 8192
 """FUSE_MIN_READ_BUFFER. The kernel refuses to fill a smaller one, and without writes nothing longer comes."""
-MAX_WRITE_BYTES = 4096
-"""The least that the kernel accepts: nobody writes here, and the request buffer may stay small."""
+LEAST_WRITE_BYTES = 4096
+"""The least that the kernel accepts as the longest WRITE: where nobody writes, the request buffer may stay small."""
 
 UNIQUE_RESEND = 1 << 63
 """Set in `unique` of a request that was sent again. The reply has to carry it too."""
@@ -61,6 +63,7 @@ class InitFlag(enum.IntFlag):
     """The INIT flags that we look at. Bits 32 and up travel in `flags2`, which counts only next to INIT_EXT."""
 
     ASYNC_READ = 1 << 0
+    BIG_WRITES = 1 << 5
     ASYNC_DIO = 1 << 15
     PARALLEL_DIROPS = 1 << 18
     MAX_PAGES = 1 << 22
@@ -136,6 +139,10 @@ class Attr(NamedTuple):
     mtime_s: int = 0
     allocated_bytes: int = 0
     nlink: int = 1
+    uid: int = 0
+    gid: int = 0
+    mtime_ns: int = 0
+    """Beside `mtime_s`: the nanoseconds within that second."""
 
 
 class Entry(NamedTuple):
@@ -158,6 +165,8 @@ class Opened(NamedTuple):
     fh: int
     backing_id: int = 0
     direct_io: bool = False
+    keep_cache: bool = True
+    """Whether what the kernel has cached of the node is still right."""
 
 
 class DirEntry(NamedTuple):
@@ -237,6 +246,7 @@ def encode_init(
     max_readahead_bytes: int,
     max_background: int,
     max_pages: int,
+    max_write_bytes: int,
     stack_depth: int,
 ) -> bytes:
     """The reply to INIT: 64 bytes since 7.23."""
@@ -247,7 +257,7 @@ def encode_init(
         flags & 0xFFFFFFFF,
         max_background,
         max_background * 3 // 4,  # congestion_threshold: read-ahead holds back from here on
-        MAX_WRITE_BYTES,
+        max_write_bytes,
         1,  # time_gran in ns
         max_pages,
         0,  # map_alignment: DAX only
@@ -283,12 +293,12 @@ def encode_entry(entry: Entry) -> bytes:
 def encode_open(opened: Opened) -> bytes:
     """Answer to OPEN and OPENDIR (16 bytes).
 
-    What we show never changes: the kernel keeps what it has cached, and closes without waiting for us.
+    The kernel closes without waiting for us.
     """
     if opened.backing_id:
         flags = OpenFlag.PASSTHROUGH
     else:
-        flags = OpenFlag.DIRECT_IO if opened.direct_io else OpenFlag.KEEP_CACHE
+        flags = OpenFlag.DIRECT_IO if opened.direct_io else OpenFlag.KEEP_CACHE if opened.keep_cache else OpenFlag(0)
     return _OPEN_OUT.pack(opened.fh, flags | OpenFlag.NOFLUSH, opened.backing_id)
 
 
@@ -351,13 +361,13 @@ def _attr(attr: Attr) -> bytes:
         time_s,
         time_s,
         time_s,
-        0,
-        0,
-        0,
+        attr.mtime_ns,
+        attr.mtime_ns,
+        attr.mtime_ns,
         attr.mode,
         attr.nlink,
-        0,
-        0,
+        attr.uid,
+        attr.gid,
         0,
         PAGE_BYTES,
         0,

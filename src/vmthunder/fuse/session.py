@@ -83,7 +83,7 @@ class Session:
         self._fd = fuse_fd
         self._fs = filesystem
         self._loop = loop
-        self._buffer = bytearray(b"\1" * protocol.REQUEST_BUFFER_BYTES)  # written, so in memory: see fuse.memory
+        self._buffer = bytearray(b"\1" * negotiated.request_bytes)  # written, so in memory: see fuse.memory
         self._view = memoryview(self._buffer)
         self._waiting: dict[int, tuple[asyncio.Task[None], int]] = {}  # by unique: who answers, thread that asked
         self._look_again: asyncio.TimerHandle | None = None
@@ -207,7 +207,7 @@ class Session:
     def _dispatch(self, request: Request) -> None:
         handler = self._handlers.get(request.opcode)
         if handler is None:
-            raise OSError(errno.ENOSYS, "not a request of a read-only file system")
+            raise OSError(errno.ENOSYS, "not a request that this file system answers")
         handler(request)
 
     def _lookup(self, request: Request) -> None:

@@ -10,9 +10,10 @@ from pathlib import Path
 from vmthunder.errors import Failure
 
 
-def keeper_command(mountpoint: Path, ready_fd: int, worker_argv: Sequence[str]) -> list[str]:
+def keeper_command(mountpoint: Path, ready_fd: int, worker_argv: Sequence[str], *, writable: bool = False) -> list[str]:
     """The keeper as a program. It writes a byte to `ready_fd`, and closes it, when the first worker is ready."""
-    return [sys.executable, "-m", "vmthunder.fuse.keeper", str(mountpoint), str(ready_fd), *worker_argv]
+    mode = "rw" if writable else "ro"
+    return [sys.executable, "-m", "vmthunder.fuse.keeper", str(mountpoint), mode, str(ready_fd), *worker_argv]
 
 
 def spawn_keeper(
@@ -23,6 +24,7 @@ def spawn_keeper(
     ready_timeout_s: float,
     environ: Mapping[str, str] = os.environ,
     pass_fds: Sequence[int] = (),
+    writable: bool = False,
 ) -> subprocess.Popen[bytes]:
     """Start keeper and worker; return as soon as the worker answers requests.
 
@@ -36,7 +38,7 @@ def spawn_keeper(
         with log.open("ab") as output:
             logged_bytes = output.tell()
             keeper = subprocess.Popen(
-                keeper_command(mountpoint, keeper_ready_fd, worker_argv),
+                keeper_command(mountpoint, keeper_ready_fd, worker_argv, writable=writable),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Final
 
 from vmthunder.errors import Failure, NotFound, NotPermitted
-from vmthunder.lab.trace import Step, think_total_s
+from vmthunder.lab.trace import Step, think_times_s
 
 THREADS: Final = 8
 """Guests had at most 4 reads under way at once."""
@@ -138,5 +138,5 @@ def replay(path: Path, steps: Sequence[Step], think_scale: float = 1.0) -> Repla
         total_s = player.play()
     finally:
         os.close(fd)
-    stall_s = total_s - think_total_s(steps, think_scale)
+    stall_s = total_s - max(think_times_s(steps, think_scale), default=0.0)
     return Replayed(total_s, stall_s, tuple(player.latencies_s), player.read_bytes)

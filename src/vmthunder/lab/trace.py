@@ -88,12 +88,12 @@ def plan(reads: Sequence[Read]) -> list[Step]:
     return steps
 
 
-def think_total_s(steps: Sequence[Step], think_scale: float) -> float:
-    """How long the replay takes on a disk that answers at once."""
+def think_times_s(steps: Sequence[Step], think_scale: float) -> list[float]:
+    """When each step is issued on a disk that answers at once."""
     at_s: list[float] = []
     for step in steps:
         at_s.append((at_s[step.after] if step.after >= 0 else 0.0) + step.think_s * think_scale)
-    return max(at_s, default=0.0)
+    return at_s
 
 
 def distinct_bytes(reads: Iterable[Read]) -> int:

@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 REF_FRESH_S = 1.0
 """A name is not looked up again before that: a republished image is seen by then."""
-KNOWN_REF_WAIT_S = 2.0
+KNOWN_REF_WAIT_S = 1.0
 """How long the origin may take before a name that is known answers from memory."""
 MANIFESTS_IN_MEMORY = 2
 """Beside those of open images."""

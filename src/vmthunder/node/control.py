@@ -129,6 +129,32 @@ class AgentClient:
         """Remove the local copy; `freed_bytes` in the result. Raises NotFound, InvalidName, Conflict (in use)."""
         return self._ask("dematerialize", image=name)
 
+    def precache(
+        self,
+        name: str,
+        what: str,
+        rate_bytes_s: int = 0,
+        progress: Callable[[int, int], None] = lambda _done, _total: None,
+    ) -> dict[str, Any]:
+        """Bring an image's boot set, or all of it, into this host's chunk cache; it goes on if we do not wait. Idempotent.
+
+        Raises:
+            NotFound, InvalidName, NoSpace.
+        """
+        return self._ask("precache", progress, image=name, what=what, rate_bytes_s=str(rate_bytes_s))
+
+    def pin(self, name: str, what: str) -> dict[str, Any]:
+        """Keep an image's chunks in the cache whatever else comes. Raises NotFound, InvalidName."""
+        return self._ask("pin", image=name, what=what)
+
+    def unpin(self, name: str) -> dict[str, Any]:
+        """Let them go again. Raises NotFound."""
+        return self._ask("unpin", image=name)
+
+    def booted(self, image_id: str) -> None:
+        """A guest of this image is ready: what it reads from now on is not its boot."""
+        self._ask("booted", timeout_s=ANSWER_S, image=image_id)
+
     def restart(self, timeout_s: float = 60) -> dict[str, Any]:
         """Hand over to a new worker; returns the status of the new one. Raises Conflict if the keeper is gone."""
         before = self._ask("restart", timeout_s=ANSWER_S)["restarts"]

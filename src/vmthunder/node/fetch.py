@@ -17,26 +17,26 @@ from collections import deque
 from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from operator import attrgetter
 
 from vmthunder.errors import CorruptChunk, OriginUnavailable, VMThunderError
 from vmthunder.ids import Buffer, ChunkId, NodeId
 from vmthunder.image.manifest import ChunkRow, Manifest
 from vmthunder.node.backoff import delay_s
-from vmthunder.node.cache import ChunkCache
+from vmthunder.node.cache import ChunkCache, Encoded
 from vmthunder.node.decoded import DecodedChunks, Want
-from vmthunder.node.flight import DEMAND, Flight, Outcome, load, slice_of, store, unpack, want_of
-from vmthunder.node.source import ChunkSource, Delivery, Errand
+from vmthunder.node.flight import Flight, Outcome, load, slice_of, unpack, want_of
+from vmthunder.node.source import ChunkSource, Delivery
+from vmthunder.node.storer import Storer
+from vmthunder.node.turns import Errand
+from vmthunder.peer.frames import Priority
 
 logger = logging.getLogger(__name__)
 
-MAX_UNSTORED_BYTES = 32 << 20
-"""Encoded bytes in memory that wait for the disk."""
 LOADERS = 4
 """Threads that load, verify and decode what must be waited for."""
 ALONE_CHUNKS = 3
-"""Chunks that the loop's thread decodes by itself: waking another thread costs as much as decoding a chunk."""
+"""Chunks that the loop's thread decodes without its helper: waking another thread costs as much as decoding a chunk."""
 SLOW_S = 1.0
 """A flight that is as old as this is shown as one that somebody waits for."""
 _WRONG_BYTES = "the origin sends wrong bytes"
@@ -55,6 +55,8 @@ class FetchStats:
     chunks_decoded: int = 0
     bytes_from_origin: int = 0
     bytes_from_peers: int = 0
+    hurried: int = 0
+    """Background flights that a reader, here or on another node, began to wait for."""
     wrong_bytes: int = 0
     """Chunks from a source that were not what was asked for."""
 
@@ -82,6 +84,8 @@ class Fetcher:
     ) -> None:
         """Needs a running event loop. `clock` gives seconds, `rng` numbers in [0, 1)."""
         self.stats = FetchStats()
+        self.urgent = 0
+        """Flights from a source that somebody waits for now."""
         self._source = source
         self._cache = cache
         self._decoded = decoded
@@ -90,12 +94,9 @@ class Fetcher:
         self._loop = asyncio.get_running_loop()
         self._helper = ThreadPoolExecutor(1, "decode")
         self._loaders = ThreadPoolExecutor(LOADERS, "load")
-        self._storer = ThreadPoolExecutor(1, "store")
+        self._storer = Storer(cache)
         self._flights: dict[Want, Flight] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        self._unstored_bytes = 0
-        self._room = asyncio.Event()
-        self._room.set()
         self._away_since_s: float | None = None
         self._answered = asyncio.Event()
         """Set and cleared when a source answers after failures: those who wait for their next try need not."""
@@ -105,8 +106,9 @@ class Fetcher:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        for pool in (self._helper, self._loaders, self._storer):
+        for pool in (self._helper, self._loaders):
             await asyncio.to_thread(pool.shutdown)
+        await self._storer.close()
 
     def read_now(self, image: Manifest, rows: Sequence[ChunkRow]) -> list[Buffer] | None:
         """The slices of `rows`, if nothing must be waited for; else None, and `read` has them.
@@ -146,6 +148,7 @@ class Fetcher:
                 if want in self._decoded:
                     outcomes[want] = self._recall(want)
                 elif (flight := self._flights.get(want)) is not None:
+                    flight.errand.hurry()
                     waiting.add(flight)
                 else:
                     missing[want] = row
@@ -157,6 +160,16 @@ class Fetcher:
             for flight in waiting:
                 flight.landed.result()
                 outcomes.update(flight.outcomes)
+
+    def bring(self, image: Manifest, rows: Iterable[ChunkRow]) -> list[Flight]:
+        """Flights that nobody waits for yet, for those of `rows` that are neither here nor in flight."""
+        missing = {want_of(image, row): row for row in rows if not self.is_near(image, row)}
+        return self._start(image, missing.values(), Errand(priority=Priority.BACKGROUND))
+
+    def is_near(self, image: Manifest, row: ChunkRow) -> bool:
+        """Whether a chunk is here already, or on its way."""
+        want = want_of(image, row)
+        return row.chunk_id in self._cache or want in self._decoded or want in self._flights
 
     def encoded_now(self, chunk_id: ChunkId) -> Buffer | None:
         """A chunk's encoded bytes for a peer, if nothing must be waited for."""
@@ -176,6 +189,8 @@ class Fetcher:
                 flight = self._flights.get(want)
             if flight is None:
                 (flight,) = self._start(image, [row], errand)
+            elif not errand.background:
+                flight.errand.hurry()
             if not flight.landed.done():
                 await asyncio.wait([flight.landed])
             flight.landed.result()
@@ -202,7 +217,9 @@ class Fetcher:
                 "failures": flight.failures,
             }
             for flight in sorted(set(self._flights.values()), key=attrgetter("since_s"))
-            if not flight.landed.done() and (flight.failures or now_s - flight.since_s >= SLOW_S)
+            if not flight.landed.done()
+            and not flight.errand.background
+            and (flight.failures or now_s - flight.since_s >= SLOW_S)
         ]
 
     def _load_now(self, image: Manifest, rows: Collection[ChunkRow]) -> dict[Want, Outcome]:
@@ -224,8 +241,9 @@ class Fetcher:
         self._cache.touch(want[0])
         return self._decoded[want]
 
-    def _start(self, image: Manifest, rows: Iterable[ChunkRow], errand: Errand = DEMAND) -> list[Flight]:
-        """Flights for chunks that are neither decoded nor in flight, each on the nearest way."""
+    def _start(self, image: Manifest, rows: Iterable[ChunkRow], errand: Errand | None = None) -> list[Flight]:
+        """Flights for chunks that are neither decoded nor in flight, each on the nearest way and for such an errand."""
+        errand = errand or Errand()
         here: list[ChunkRow] = []
         away: list[ChunkRow] = []
         for row in rows:
@@ -235,12 +253,12 @@ class Fetcher:
             flights.append(flight := self._enter(image, here))
             self._launch(flight, self._load(flight))
         for run in self._source.runs(image, away):
-            flights.append(flight := self._enter(image, run, errand))
+            flights.append(flight := self._enter(image, run, Errand(errand.hops, errand.priority)))
             self._launch(flight, self._fetch(flight))
         return flights
 
-    def _enter(self, image: Manifest, rows: Sequence[ChunkRow], errand: Errand = DEMAND) -> Flight:
-        flight = Flight(image, rows, self._loop.create_future(), self._clock(), errand=errand)
+    def _enter(self, image: Manifest, rows: Sequence[ChunkRow], errand: Errand | None = None) -> Flight:
+        flight = Flight(image, rows, self._loop.create_future(), self._clock(), errand=errand or Errand())
         self._flights.update(dict.fromkeys(flight.wants(), flight))
         return flight
 
@@ -307,47 +325,51 @@ class Fetcher:
 
     async def _fetch(self, flight: Flight) -> None:
         """From the source: try until every chunk is here, and store them."""
+        if flight.errand.background:
+            flight.errand.when_hurried(lambda: self._hurried(flight))
+        else:
+            self._urge(flight)
         while True:
             if flight.failures:
                 await self._pause(flight.failures)
-            await self._room.wait()
+            await self._storer.room.wait()
+            asked_s = self._clock()
             try:
                 deliveries = await self._source.fetch(flight.image, flight.rows, flight.errand)
             except (VMThunderError, OSError) as error:
                 self._failed(flight, error)
                 continue
             break
-        self._recovered()
-        unpacking = partial(unpack, flight.image, flight.rows, deliveries)
+        self._recovered(asked_s)
         if len(deliveries) <= ALONE_CHUNKS:
-            outcomes = unpacking()
+            outcomes = unpack(flight.image, flight.rows, deliveries)
         else:
-            outcomes = await self._loop.run_in_executor(self._loaders, unpacking)
-        right: list[tuple[ChunkRow, Buffer]] = []
+            outcomes = await self._loop.run_in_executor(self._loaders, unpack, flight.image, flight.rows, deliveries)
+        right: list[Encoded] = []
         for row, delivery in zip(flight.rows, deliveries, strict=True):
             if want_of(flight.image, row) in outcomes:
-                right.append((row, delivery.data))
+                right.append((row.chunk_id, delivery.data))
             else:
                 self._distrust(flight, row, delivery.source)
             self.stats.count(delivery)
         self.stats.chunks_fetched += len(right)
-        flight.encoded = {row.chunk_id: data for row, data in right}
+        flight.encoded = dict(right)
         self._remember(outcomes)
         self._land(flight, outcomes)
-        await self._store(right)
+        await self._storer.store(right)
 
-    async def _store(self, chunks: Sequence[tuple[ChunkRow, Buffer]]) -> None:
-        """Into the chunk cache. What waits for a slow disk has a bound: no more is fetched while it is exceeded."""
-        size_bytes = sum(row.encoded_bytes for row, _ in chunks)
-        self._unstored_bytes += size_bytes
-        if self._unstored_bytes > MAX_UNSTORED_BYTES:
-            self._room.clear()
-        try:
-            await self._loop.run_in_executor(self._storer, store, self._cache, chunks)
-        finally:
-            self._unstored_bytes -= size_bytes
-            if self._unstored_bytes <= MAX_UNSTORED_BYTES:
-                self._room.set()
+    def _hurried(self, flight: Flight) -> None:
+        flight.since_s = self._clock()
+        if not flight.landed.done():
+            self.stats.hurried += 1
+            self._urge(flight)
+
+    def _urge(self, flight: Flight) -> None:
+        self.urgent += 1
+        flight.landed.add_done_callback(self._calm)
+
+    def _calm(self, _landed: "asyncio.Future[None]") -> None:
+        self.urgent -= 1
 
     async def _pause(self, failures: int) -> None:
         """Wait for the next try; shorter when somebody else got an answer after an outage."""
@@ -382,8 +404,9 @@ class Fetcher:
             logger.error("origin is away, reads wait for it: error=%s", why)
         flight.why = why
 
-    def _recovered(self) -> None:
-        if self._away_since_s is not None:
+    def _recovered(self, asked_s: float) -> None:
+        # What was asked before the outage may have been on its way when it began.
+        if self._away_since_s is not None and asked_s >= self._away_since_s:
             logger.warning("origin is back: after_s=%.1f", self._clock() - self._away_since_s)
             self._away_since_s = None
             self._answered.set()

@@ -17,13 +17,11 @@ from vmthunder.image.chunk import decode, verify
 from vmthunder.image.manifest import ChunkRow, Manifest
 from vmthunder.node.cache import ChunkCache
 from vmthunder.node.decoded import Want
-from vmthunder.node.source import Delivery, Errand
+from vmthunder.node.source import Delivery
+from vmthunder.node.turns import Errand
 
 Outcome: TypeAlias = Buffer | CorruptChunk
 """A slice, or why there is none: the right bytes, which are not a chunk. No try can help: it was published so."""
-
-
-DEMAND = Errand()
 
 
 @dataclass(slots=True, eq=False)
@@ -42,7 +40,7 @@ class Flight:
     """Of the chunks that arrived, once landed. The others must be looked for again."""
     encoded: Mapping[ChunkId, Buffer] = field(default_factory=dict)
     """What a source sent of them, verified: for peers that ask before it is stored."""
-    errand: Errand = DEMAND
+    errand: Errand = field(default_factory=Errand)
 
     def wants(self) -> list[Want]:
         return [want_of(self.image, row) for row in self.rows]
@@ -89,12 +87,6 @@ def unpack(image: Manifest, rows: Sequence[ChunkRow], deliveries: Sequence[Deliv
             want = want_of(image, row)
             outcomes[want] = _decoded(delivery.data, want)
     return outcomes
-
-
-def store(cache: ChunkCache, chunks: Sequence[tuple[ChunkRow, Buffer]]) -> None:
-    """Verified chunks into the cache."""
-    for row, data in chunks:
-        cache.commit(row.chunk_id, data)
 
 
 def _decoded(data: Buffer, want: Want) -> Outcome:

@@ -8,6 +8,7 @@ import asyncio
 import errno
 import os
 from collections.abc import Awaitable, Callable, Sequence
+from typing import Protocol
 
 from vmthunder.fuse.memory import ZEROS
 from vmthunder.ids import Buffer
@@ -19,14 +20,27 @@ Push = Callable[[int, Buffer], None]
 """Told an offset and the bytes that belong there: what a read did not ask for of a chunk that it needed."""
 
 
+class Watch(Protocol):
+    """Is told which chunks are read for the first time."""
+
+    seen: bytearray
+    """By index: whether it was told of a chunk."""
+
+    def touch(self, offset: int, end: int, *, direct: bool) -> None: ...
+
+
 class OnDemandImage:
     """An image read chunk by chunk."""
 
-    def __init__(self, manifest: Manifest, fetcher: Fetcher, push: Push, stall: Stall) -> None:
+    def __init__(
+        self, manifest: Manifest, fetcher: Fetcher, push: Push, stall: Stall, watch: Watch | None = None
+    ) -> None:
         self._manifest = manifest
         self._fetcher = fetcher
         self._push = push
         self._stall = stall
+        self._watch = watch
+        self._seen = watch.seen if watch else b""
         self.read_bytes = 0
 
     def close(self) -> None:
@@ -40,7 +54,10 @@ class OnDemandImage:
             return ()
         self.read_bytes += end - offset
         chunk_bytes = manifest.chunk_bytes
-        rows = [manifest.row(index) for index in range(offset // chunk_bytes, (end - 1) // chunk_bytes + 1)]
+        first, last = offset // chunk_bytes, (end - 1) // chunk_bytes
+        if self._seen.find(0, first, last + 1) >= 0 and self._watch is not None:
+            self._watch.touch(offset, end, direct=direct)
+        rows = [manifest.row(index) for index in range(first, last + 1)]
         present = [row for row in rows if row is not None]
         slices = self._fetcher.read_now(manifest, present) if present else []
         if slices is None:

@@ -70,13 +70,17 @@ class ImageFileSystem:
         open_image: Callable[[Node, Manifest], OpenFile],
         open_local: Callable[[int], OpenFile],
         swarms: Swarms | None = None,
+        opened: Callable[[Node, bool], None] = lambda _node, _direct: None,
     ) -> None:
+        """`opened` is told of each open on demand, and of the first read of what was open before this worker: the node, and
+        whether the reader does without the page cache."""
         self._catalogue = catalogue
         self._materialized = materialized
         self._state = state
         self._open_image = open_image
         self._open_local = open_local
         self._swarms = swarms
+        self._opened = opened
         self._files: dict[int, OpenFile] = {}
         self.backing: Backing | None = None
         """Set once there is a session, if the kernel has passthrough."""
@@ -91,6 +95,10 @@ class ImageFileSystem:
         except VMThunderError as error:
             log.warning("event=lookup_failed name=%s reason=%s", os.fsdecode(name), error)
             raise OSError(_errno(error), str(error)) from None
+        return self.entry(manifest)
+
+    def entry(self, manifest: Manifest) -> Entry:
+        """Count one lookup of an image."""
         image = manifest.image_id
         node = self._state.look_up(
             image, manifest.virtual_bytes, self._catalogue.name_of(image), materialized=image in self._materialized
@@ -114,9 +122,11 @@ class ImageFileSystem:
         # A file that is open through us must not be opened in passthrough beside that: the kernel answers EIO.
         if known.materialized and not known.handles:
             backing_id = self._open_backing(known)
-        elif self._swarms is not None and not known.materialized:
-            self._swarms.use(known.image_id)  # before the first read, which would rather not wait for it
         handle = self._state.open(known, backing_id)
+        if not known.materialized:
+            self._use(
+                known, direct=bool(flags & os.O_DIRECT)
+            )  # before the first read, which would rather not wait for it
         # The kernel brings the handle back with each READ: what a worker must know of it, it finds in the handle.
         return Opened(handle << 1 | bool(flags & os.O_DIRECT), backing_id or 0)
 
@@ -150,9 +160,9 @@ class ImageFileSystem:
                 file = self._open_local(self._materialized.open(known.image_id))
             except FileNotFoundError:
                 # Removed by hand under an open file. The origin has the same bytes.
-                file = await self._on_demand(known)
+                file = await self._on_demand(known, fh)
         else:
-            file = await self._on_demand(known)
+            file = await self._on_demand(known, fh)
         # Somebody may have come first during the await.
         if self._files.setdefault(node, file) is not file:
             file.close()
@@ -160,12 +170,31 @@ class ImageFileSystem:
         slices = file.read(offset, size_bytes, direct=bool(fh & 1))
         return await slices if isinstance(slices, Awaitable) else slices
 
-    async def _on_demand(self, node: Node) -> OpenFile:
+    async def _on_demand(self, node: Node, fh: int) -> OpenFile:
+        # Also after a worker's death: its successor must be in the swarm before it asks everything of the origin.
+        self._use(node, direct=bool(fh & 1))
         if self._swarms is not None:
-            # Also after a worker's death: its successor must be in the swarm before it asks everything of the origin.
-            self._swarms.use(node.image_id)
             await self._swarms.settled(node.image_id)
         return self._open_image(node, await self._catalogue.manifest(node.image_id))
+
+    def _use(self, node: Node, *, direct: bool) -> None:
+        if self._swarms is not None:
+            self._swarms.use(node.image_id)
+        self._opened(node, direct)
+
+    async def lseek(self, node: int, offset: int, whence: int) -> int:
+        """SEEK_DATA and SEEK_HOLE: slices without a chunk are holes, so that who copies an image need not read them."""
+        known = self._node(node)
+        if not 0 <= offset < known.size_bytes:
+            raise OSError(errno.ENXIO, "behind the end")
+        manifest = await self._catalogue.manifest(known.image_id)
+        wanted = whence == os.SEEK_DATA
+        for index in range(offset // manifest.chunk_bytes, manifest.chunk_count):
+            if (manifest.row(index) is not None) == wanted:
+                return max(offset, index * manifest.chunk_bytes)
+        if wanted:
+            raise OSError(errno.ENXIO, "no data from here on")
+        return known.size_bytes
 
     def read_bytes(self, node: Node) -> int:
         """Bytes that we were asked for; what the kernel had in its page cache is not among them."""

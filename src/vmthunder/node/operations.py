@@ -3,8 +3,9 @@
 Belongs to the event loop. The keys of the answers are an interface: `vmthunder … --json` prints them.
 """
 
+import asyncio
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Final
 
 from vmthunder.errors import Conflict, NotFound
 from vmthunder.fuse.handoff import Handoff, Leave
@@ -14,6 +15,12 @@ from vmthunder.node.control import Handler, Progress
 from vmthunder.node.imagefs import SUFFIX
 from vmthunder.node.materialized import MaterializedImages
 from vmthunder.node.mountstate import MountState
+from vmthunder.node.orders import Orders
+from vmthunder.node.policy import Part
+from vmthunder.node.prefetch import Prefetcher
+
+BEAT_S: Final = 0.25
+"""How often the progress of an order is told."""
 
 
 class Operations:
@@ -27,6 +34,8 @@ class Operations:
         state: MountState,
         status: Callable[[], dict[str, Any]],
         leave: Callable[[Leave], None],
+        prefetcher: Prefetcher | None,
+        orders: Orders,
     ) -> None:
         self._handoff = handoff
         self._catalogue = catalogue
@@ -34,6 +43,8 @@ class Operations:
         self._state = state
         self._status = status
         self._leave = leave
+        self._prefetcher = prefetcher
+        self._orders = orders
 
     def handlers(self) -> dict[str, Handler]:
         return {
@@ -41,6 +52,10 @@ class Operations:
             "resolve": self.resolve,
             "materialize": self.materialize,
             "dematerialize": self.dematerialize,
+            "booted": self.booted,
+            "precache": self.precache,
+            "pin": self.pin,
+            "unpin": self.unpin,
             "restart": self.restart,
             "stop": self.stop,
         }
@@ -82,6 +97,36 @@ class Operations:
                 f"image {text} is open {len(node.handles)} times from its local copy; stop those guests first"
             )
         return {"image_id": image.hex(), "freed_bytes": self._materialized.remove(image)}
+
+    async def precache(self, request: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
+        """Bring an image here before it is used. Who asked may go away: it goes on."""
+        manifest = await self._catalogue.find(request["image"])
+        order = self._orders.place(manifest.image_id, Part(request["what"]), int(request["rate_bytes_s"]))
+        assert order.task is not None
+        while not (await asyncio.wait([order.task], timeout=BEAT_S))[0]:
+            await progress({"done_bytes": order.done_bytes, "total_bytes": order.total_bytes})
+        order.task.result()
+        return order.saved() | {"bytes": order.total_bytes}
+
+    async def pin(self, request: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
+        del progress
+        image = (await self._catalogue.find(request["image"])).image_id
+        return {"image_id": image.hex(), "chunks": await self._orders.pin(image, Part(request["what"]))}
+
+    async def unpin(self, request: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
+        del progress
+        text = request["image"]
+        image = image_id(text) if is_hex_digest(text) else (await self._catalogue.find(text)).image_id
+        self._orders.unpin(image)
+        return {"image_id": image.hex()}
+
+    async def booted(self, request: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
+        """A guest of this image is ready: what it reads from now on is not its boot."""
+        del progress
+        image = image_id(request["image"])
+        if self._prefetcher is not None:
+            self._prefetcher.ready(image)
+        return {"image_id": image.hex()}
 
     async def restart(self, request: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
         del request, progress

@@ -79,6 +79,6 @@ class Peering:
             "links": len(self._pool),
             "sent_bytes": self._relay.sent_bytes if self._relay else 0,
             "refused": self._relay.refused if self._relay else 0,
-            "hedges": self.source.hedges,
+            "hedges": self.source.ranking.hedges,
             "banned": sorted(node.hex() for node in self.source.ranking.banned),
         }

@@ -5,7 +5,6 @@ the same that a reader of this node would wait for. What cannot be had here is s
 source. Belongs to the event loop.
 """
 
-import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Final
@@ -15,7 +14,7 @@ from vmthunder.image.manifest import Manifest
 from vmthunder.node.cache import ChunkCache
 from vmthunder.node.fetch import Fetcher
 from vmthunder.node.limits import RateLimit
-from vmthunder.node.source import Errand
+from vmthunder.node.turns import Errand, pace
 from vmthunder.peer.answer import Absent, Answer, TooBusy
 from vmthunder.peer.frames import Route
 
@@ -58,9 +57,8 @@ class Relay:
         data = self._fetcher.encoded_now(chunk_id)
         if data is None:
             return self._make(chunk_id, route)
-        wait_s = self._upload.reserve(len(data), now_s)
-        if wait_s:
-            return self._later(data, wait_s)
+        if self._upload.bytes_s:
+            return self._later(data, Errand(route.hops, route.priority))
         self.sent_bytes += len(data)
         return data
 
@@ -69,10 +67,10 @@ class Relay:
         del swarm
         return [chunk_id in self._cache for chunk_id in chunk_ids]
 
-    async def _later(self, data: Buffer, wait_s: float) -> Answer:
+    async def _later(self, data: Buffer, errand: Errand) -> Answer:
         self._making += 1
         try:
-            await asyncio.sleep(wait_s)
+            await pace(self._upload, len(data), errand, time.monotonic)
         finally:
             self._making -= 1
         self.sent_bytes += len(data)
@@ -86,8 +84,9 @@ class Relay:
             if image is None or row is None or (route.hops >= MAX_HOPS and chunk_id not in self._cache):
                 self.refused += 1
                 return Absent()
-            data = await self._fetcher.encoded(image, row, Errand(route.hops + 1, route.priority))
-            await asyncio.sleep(self._upload.reserve(len(data), time.monotonic()))
+            errand = Errand(route.hops + 1, route.priority)
+            data = await self._fetcher.encoded(image, row, errand)
+            await pace(self._upload, len(data), errand, time.monotonic)
         finally:
             self._making -= 1
         self.sent_bytes += len(data)

@@ -4,6 +4,7 @@
     GET    /vms         {"vms": […]}, as `vmthunder ps --json` prints them
     POST   /vms         boot one; the answer is lines of JSON: {"step": …, "node": …} as things happen, at least one each
                         BEAT_S, then {"report": …}, as `vmthunder boot --json` prints it, or {"error": …, "exit_code": …}
+    POST   /precache    bring an image here: lines of {"progress": {"done_bytes": …, "total_bytes": …}}, then {"report": …}
     DELETE /vms[/NAME]  end one, or all: {"destroyed": […]}
 
 Each is done by our own command in a process of its own, so that neither an agent's death nor its handover touches a
@@ -25,7 +26,9 @@ from typing import Any, Final
 
 from vmthunder.errors import Conflict, NotFound, NotPermitted, Usage
 from vmthunder.node.command import Command
+from vmthunder.node.control import Handler
 from vmthunder.node.exchange import Exchange, json_object, serve
+from vmthunder.node.policy import Part
 from vmthunder.node.settings import AgentSettings, parse_address
 from vmthunder.swarm.key import ClusterKey
 
@@ -64,7 +67,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]{0,62}", re.ASCII)
 
 
 async def listen(
-    settings: AgentSettings, key: ClusterKey, status: Callable[[], dict[str, Any]]
+    settings: AgentSettings, key: ClusterKey, status: Callable[[], dict[str, Any]], precache: Handler
 ) -> tuple[asyncio.Server, int]:
     """Answer other machines; returns the real port.
 
@@ -74,7 +77,7 @@ async def listen(
     assert settings.control_listen is not None
     host, port = parse_address(settings.control_listen, "--control-listen")
     try:
-        server = await serve(host, port, key.orders_token, RemoteControl(settings, status).handle)
+        server = await serve(host, port, key.orders_token, RemoteControl(settings, status, precache).handle)
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             raise Conflict(f"port {port} of {host} is in use; choose another with --control-listen") from None
@@ -87,8 +90,9 @@ async def listen(
 class RemoteControl:
     """The routes."""
 
-    def __init__(self, settings: AgentSettings, status: Callable[[], dict[str, Any]]) -> None:
+    def __init__(self, settings: AgentSettings, status: Callable[[], dict[str, Any]], precache: Handler) -> None:
         self._status = status
+        self._precache = precache
         self._vms = [f"--state-dir={settings.state_dir}"]
         self._agent = [f"--run-dir={settings.run_dir}"]
         self._boots = asyncio.Semaphore(MAX_BOOTS)
@@ -103,12 +107,27 @@ class RemoteControl:
                 await exchange.answer({"vms": await self._run("ps")})
             case "POST", ["vms"]:
                 await self._boot(exchange, json_object(exchange.body))
+            case "POST", ["precache"]:
+                await self._bring(exchange, json_object(exchange.body))
             case "DELETE", ["vms"]:
                 await exchange.answer(await self._run("destroy", "--all"))
             case "DELETE", ["vms", name] if _NAME.fullmatch(name):
                 await exchange.answer(await self._run("destroy", "--", name))
             case _:
                 raise NotFound(f"there is no {exchange.method} {exchange.path[:200]} here")
+
+    async def _bring(self, exchange: Exchange, wanted: Mapping[str, Any]) -> None:
+        if wanted.keys() != {"image", "what", "rate_bytes_s"} or wanted["what"] not in list(Part):
+            raise Usage("image, what (boot-set or full) and rate_bytes_s are wanted")
+        request = {
+            "image": _text("image", wanted["image"]),
+            "what": wanted["what"],
+            "rate_bytes_s": wanted["rate_bytes_s"],
+        }
+        if type(wanted["rate_bytes_s"]) is not int or wanted["rate_bytes_s"] < 0:
+            raise Usage("rate_bytes_s: a number of bytes is wanted")
+        await exchange.line({"report": await self._precache(request, lambda value: exchange.line({"progress": value}))})
+        await exchange.end()
 
     async def _run(self, *arguments: str) -> Any:
         """The JSON that a short command prints."""

@@ -61,14 +61,32 @@ class AgentSettings:
     """To all peers together; 0: none."""
     download_limit_bytes_s: int = 0
     """From peers and origin together; 0: none."""
+    prefetch: bool = True
+    """Whether to learn what boots read, and to bring it here before a guest asks."""
+    prefetch_memory_bytes: int = 256 << 20
+    """Of prefetched chunks in the page cache."""
+    policy: Path | None = None
+    """File of images that are to be kept here."""
+    hydrate_bytes_s: int | None = None
+    """Rate at which the rest of an image is brought here after a boot; 0: as fast as disturbs nobody; None: not at all."""
+
+    nova: bool = False
+    """Whether the mount is Nova's `_base`, whose real files show through."""
+    base_fd: int | None = None
+    """The directory beneath, opened before the mount hides it; inherited by keeper and workers."""
+    complete_after_s: float = 30.0
+    """How long after Nova wants an image it is brought here whole: a boot shall come first."""
 
     def __post_init__(self) -> None:
-        for path in (self.mount, self.state_dir, self.run_dir, *filter(None, (self.cluster_key,))):
+        for path in (self.mount, self.state_dir, self.run_dir, *filter(None, (self.cluster_key, self.policy))):
             if not path.is_absolute():
                 raise Usage(f"{path} is not an absolute path")
         if len(os.fsencode(self.socket)) > MAX_SOCKET_CHARS:
             raise Usage(f"run directory {self.run_dir} is too long for a unix socket; choose a shorter --run-dir")
-        if self.cache_bytes < 0 or self.decoded_bytes < 0 or not 0 <= self.lookup_timeout_s < 1e9:
+        if (
+            min(self.cache_bytes, self.decoded_bytes, self.prefetch_memory_bytes) < 0
+            or not 0 <= self.lookup_timeout_s < 1e9
+        ):
             raise Usage("sizes and time-outs of an agent must not be negative")
         if self.tracker is not None and self.cluster_key is None:
             raise Usage(
@@ -92,6 +110,14 @@ class AgentSettings:
         return self.run_dir / "mount.json"
 
     @property
+    def real_state_file(self) -> Path:
+        return self.run_dir / "real.json"
+
+    @property
+    def nova_dir(self) -> Path:
+        return self.state_dir / "nova"
+
+    @property
     def node_id_file(self) -> Path:
         return self.state_dir / "node-id"
 
@@ -107,7 +133,7 @@ class AgentSettings:
         """Raises Usage."""
         try:
             fields = json.loads(text)
-            paths = ("mount", "state_dir", "run_dir", "cluster_key")
+            paths = ("mount", "state_dir", "run_dir", "cluster_key", "policy")
             fields.update((key, Path(fields[key])) for key in paths if fields.get(key) is not None)
             return cls(**fields)
         except (ValueError, TypeError, KeyError, AttributeError) as error:

@@ -1,25 +1,18 @@
 """Where chunks come from that this node does not have: the interface, and the origin as the one that has them all."""
 
-import asyncio
 from collections.abc import Iterable, Sequence
 from typing import Final, NamedTuple, Protocol
 
 from vmthunder.ids import Buffer, NodeId, PackId
 from vmthunder.image.manifest import ChunkRow, Manifest
-from vmthunder.peer.frames import Priority
+from vmthunder.node.turns import Errand, Turns
 
 MAX_RUN_BYTES: Final = 1 << 20
 """Encoded bytes of one request, but for a single chunk that is larger."""
 MAX_REQUESTS: Final = 16
 """Requests of this node to the origin at a time."""
-
-
-class Errand(NamedTuple):
-    """For whom chunks are fetched."""
-
-    hops: int = 0
-    """Nodes that the request came through; 0: from a reader on this node."""
-    priority: Priority = Priority.DEMAND
+MAX_BACKGROUND: Final = 8
+"""Of them, those that nobody waits for."""
 
 
 class Delivery(NamedTuple):
@@ -89,17 +82,17 @@ class OriginSource:
         self.requests = 0
         """Sent so far."""
         self._origin = origin
-        self._slots = asyncio.Semaphore(MAX_REQUESTS)
+        self._turns = Turns(MAX_REQUESTS, MAX_BACKGROUND)
 
     def runs(self, image: Manifest, rows: Iterable[ChunkRow]) -> list[list[ChunkRow]]:
         del image
         return runs(rows)
 
     async def fetch(self, image: Manifest, run: Sequence[ChunkRow], errand: Errand) -> Sequence[Delivery]:
-        del image, errand
+        del image
         first, last = run[0], run[-1]
         length_bytes = last.offset + last.encoded_bytes - first.offset
-        async with self._slots:
+        async with self._turns.turn(errand):
             self.requests += 1
             data = memoryview(await self._origin.read_pack(first.pack, first.offset, length_bytes))
         return [Delivery(data[row.offset - first.offset :][: row.encoded_bytes], None) for row in run]

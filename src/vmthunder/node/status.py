@@ -45,6 +45,8 @@ class Status:
         pusher: Pusher,
         stall: Stall,
         swarm: Callable[[], dict[str, Any] | None],
+        prefetch: Callable[[], dict[str, Any] | None],
+        kept: Callable[[], dict[str, Any]],
     ) -> None:
         self._settings = settings
         self._handoff = handoff
@@ -59,9 +61,12 @@ class Status:
         self._pusher = pusher
         self._stall = stall
         self._swarm = swarm
+        self._prefetch = prefetch
+        self._kept = kept
 
     def snapshot(self) -> dict[str, Any]:
         agreed = self._handoff.negotiated
+        ahead = self._kept()
         return {
             "pid": os.getpid(),
             "keeper_pid": self._handoff.keeper_pid if self._handoff.keeper_lives else None,
@@ -71,7 +76,7 @@ class Status:
             "uptime_s": round(time.time() - self._state.mounted_at, 3),
             "restarts": self._handoff.restarts,
             "kernel": {"resend": agreed.resend, "passthrough": agreed.passthrough, "store": agreed.store},
-            "images": self._images(),
+            "images": [image | {"pinned": image["image_id"] in ahead["pinned"]} for image in self._images()],
             "cache": self._cache.stats(),
             "decoded": {
                 "bytes": self._decoded.used_bytes,
@@ -81,6 +86,8 @@ class Status:
             "fetch": asdict(self._fetcher.stats)
             | {"origin_requests": self._origin.requests, "stalled_s": round(self._stall.total_s, 6)},
             "pushed": {"bytes": self._pusher.pushed_bytes, "dropped": self._pusher.dropped},
+            "prefetch": self._prefetch(),
+            "ahead": ahead,
             "swarm": self._swarm(),
             "waiting": self._catalogue.waiting() + self._fetcher.waiting(),
             "rss_bytes": int(Path("/proc/self/statm").read_text().split()[1]) * _PAGE_BYTES,

@@ -8,26 +8,24 @@ swarms together: a slow node is slow whatever it is asked for. Belongs to the ev
 import asyncio
 import logging
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from typing import Final, TypeAlias
+from typing import Any, Final, TypeAlias
 
 from vmthunder.errors import OriginUnavailable, VMThunderError
 from vmthunder.ids import Buffer, ImageId, NodeId
 from vmthunder.image.manifest import ChunkRow, Manifest
 from vmthunder.node.limits import RateLimit
-from vmthunder.node.source import Delivery, Errand, OriginSource
+from vmthunder.node.source import Delivery, OriginSource
+from vmthunder.node.turns import Errand, pace
 from vmthunder.peer.frames import Busy, LocalProtocolError, NotHere, Reason, Route
-from vmthunder.peer.link import LinkLost
+from vmthunder.peer.link import Link, LinkLost, Waiter
 from vmthunder.peer.pool import Pool
 from vmthunder.swarm.rank import Ranking, Source
+from vmthunder.swarm.search import Ask, Search
 from vmthunder.swarm.topology import stripe_of
 from vmthunder.swarm.view import Roster
 
 log = logging.getLogger(__name__)
-
-GIVE_UP_S: Final = 0.8
-"""A source that has not answered for so long, and twice as long as what is late, is taken for dead."""
 
 Answer: TypeAlias = Buffer | NotHere | Busy
 
@@ -51,8 +49,6 @@ class SwarmSource:
         self.origin: Final = origin
         self.ranking: Final = Ranking()
         self.clock: Final = clock
-        self.hedges = 0
-        """Times that a second source was asked beside the first."""
         self._roster = roster
         self._download = download
 
@@ -64,13 +60,11 @@ class SwarmSource:
 
     async def fetch(self, image: Manifest, run: Sequence[ChunkRow], errand: Errand) -> Sequence[Delivery]:
         """Raises OriginUnavailable: neither the origin nor any peer delivers."""
-        wait_s = self._download.reserve(sum(row.encoded_bytes for row in run), self.clock())
-        if wait_s:
-            await asyncio.sleep(wait_s)
+        await pace(self._download, sum(row.encoded_bytes for row in run), errand, self.clock)
         roster = self._swarm(image)
         if roster is None or len(run) > 1:
             return await self.origin.fetch(image, run, errand)
-        return [await _Search(self, image, run[0], errand, roster).deliver()]
+        return [await _Asking(self, image, run[0], errand, roster).deliver()]
 
     def distrust(self, source: NodeId) -> None:
         """Never ask a node again."""
@@ -86,36 +80,38 @@ class SwarmSource:
         return roster
 
 
-class _Search:
-    """One chunk: whom to ask, who was asked, and since when."""
+class _Asking:
+    """One chunk: the questions that are out."""
 
     def __init__(self, source: SwarmSource, image: Manifest, row: ChunkRow, errand: Errand, roster: Roster) -> None:
         stripe = stripe_of(row.chunk_id, roster.topology.stripes)
         ancestors = roster.topology.ancestors(source.node, stripe)
         self._source = source
-        self._ranking = source.ranking
         self._image = image
         self._row = row
         self._errand = errand
         self._members = roster.members
         self._route = Route(image.image_id, roster.version.epoch, stripe, errand.hops, errand.priority)
-        self._todo = deque(self._ranking.rank(ancestors, (), source.clock()))
-        self._tried: set[Source] = set()
-        self._asked: dict[asyncio.Future[Answer], tuple[Source, float]] = {}
-        self._latest: tuple[Source, float] = None, 0.0
+        self._sent: list[tuple[Link, Waiter]] = []
+        self._search = Search(source.ranking, ancestors, roster.members, source.clock(), background=errand.background)
+        self._asked: dict[asyncio.Future[Answer], Source] = {}
         self._why = "there is no source"
 
     async def deliver(self) -> Delivery:
+        hurried: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._errand.when_hurried(lambda: self._hurry(hurried))
         try:
             while True:
-                if not self._asked and not self._ask_next():
+                if not self._asked and not self._ask(self._search.ask_next(self._source.clock())):
                     raise OriginUnavailable(f"no source delivers: {self._why}")
-                done, _ = await asyncio.wait(
-                    self._asked, timeout=self._patience_s(), return_when=asyncio.FIRST_COMPLETED
-                )
+                events: set[asyncio.Future[Any]] = {*self._asked, hurried}
+                if hurried.done():
+                    events.remove(hurried)
+                patience_s = self._search.patience_s(self._source.clock())
+                done, _ = await asyncio.wait(events, timeout=patience_s, return_when=asyncio.FIRST_COMPLETED)
                 if not done:
-                    self._consider_another()
-                for future in done:
+                    self._ask(self._search.late(self._source.clock(), self._row.encoded_bytes))
+                for future in self._asked.keys() & done:
                     delivery = self._hear(future)
                     if delivery is not None:
                         return delivery
@@ -124,23 +120,24 @@ class _Search:
             for future in self._asked:
                 future.cancel()
 
-    def _ask_next(self) -> bool:
-        """Ask the best source that was not asked; False if there is none."""
-        while self._todo:
-            source = self._todo.popleft()
-            if source in self._tried:
-                continue
-            self._tried.add(source)
-            self._latest = source, self._source.clock()
-            self._asked[self._ask(source)] = self._latest
-            return True
-        return False
+    def _hurry(self, hurried: "asyncio.Future[None]") -> None:
+        """Somebody waits from now on: whoever was asked is told."""
+        for link, waiter in self._sent:
+            link.hurry(waiter)
+        self._search.hurried(self._source.clock())
+        if not hurried.done():
+            hurried.set_result(None)
 
-    def _ask(self, source: Source) -> "asyncio.Future[Answer]":
+    def _ask(self, ask: Ask | None) -> bool:
+        if ask is not None:
+            self._asked[self._question(ask.source)] = ask.source
+        return ask is not None
+
+    def _question(self, source: Source) -> "asyncio.Future[Answer]":
         link = None if source is None else self._source.pool.get(source)
         if link is not None:
             try:
-                return link.get(self._route, [(self._row.chunk_id, self._row.encoded_bytes)])[0]  # type: ignore[return-value]
+                return self._send(link)  # type: ignore[return-value]
             except (LinkLost, LocalProtocolError) as error:
                 # Gone in this moment, or as many requests are unanswered as may be.
                 failed: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
@@ -156,48 +153,31 @@ class _Search:
         member = self._members.get(node)
         if member is None:
             raise LinkLost(f"node {node.hex()} has left the swarm")
-        link = await self._source.pool.reach(member)
-        return await link.get(self._route, [(self._row.chunk_id, self._row.encoded_bytes)])[0]
+        return await self._send(await self._source.pool.reach(member))
 
-    def _patience_s(self) -> float | None:
-        """How long to wait for an answer before something else is considered."""
-        if not self._todo:
-            return None
-        source, since_s = self._latest
-        late_s = self._ranking.hedge_after_s(source)
-        waited_s = self._source.clock() - since_s
-        return max(0.0, (late_s if waited_s < late_s else self._dead_s(source)) - waited_s)
-
-    def _dead_s(self, source: Source) -> float:
-        return max(GIVE_UP_S, 2 * self._ranking.hedge_after_s(source))
-
-    def _consider_another(self) -> None:
-        source, since_s = self._latest
-        now_s = self._source.clock()
-        if now_s - since_s >= self._dead_s(source):
-            self._ranking.failed(source, now_s)
-            self._ask_next()
-        elif self._ranking.may_hedge(self._row.encoded_bytes):
-            self._source.hedges += 1
-            self._ask_next()
+    def _send(self, link: Link) -> Waiter:
+        """Raises LinkLost, LocalProtocolError."""
+        route = self._route._replace(priority=self._errand.priority)
+        (waiter,) = link.get(route, [(self._row.chunk_id, self._row.encoded_bytes)])
+        if self._errand.background:
+            self._sent.append((link, waiter))
+        return waiter
 
     def _hear(self, future: "asyncio.Future[Answer]") -> Delivery | None:
-        source, since_s = self._asked.pop(future)
+        source = self._asked.pop(future)
         now_s = self._source.clock()
         error = future.exception()
         if error is not None:
             if not isinstance(error, VMThunderError | OSError):
                 raise error
             self._why = str(error)
-            self._ranking.failed(source, now_s)
+            self._search.failed(source, now_s)
             return None
         answer = future.result()
         if not isinstance(answer, NotHere | Busy):
-            self._ranking.delivered(source, len(answer), now_s - since_s, now_s)
+            self._search.delivered(source, len(answer), now_s)
             return Delivery(answer, source)
         if isinstance(answer, Busy):
-            self._ranking.busy(source, answer.retry_after_s, now_s)
-        hint = answer.hint
-        if hint in self._members and hint != self._source.node and self._ranking.usable(hint, now_s):
-            self._todo.appendleft(hint)
+            self._source.ranking.busy(source, answer.retry_after_s, now_s)
+        self._search.refused(None if answer.hint == self._source.node else answer.hint, now_s)
         return None

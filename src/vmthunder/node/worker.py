@@ -22,9 +22,12 @@ from vmthunder.errors import CorruptFile, Failure, NoSpace, VMThunderError
 from vmthunder.fuse.handoff import Cause, Handoff, Leave
 from vmthunder.fuse.memory import prepare_worker_memory
 from vmthunder.fuse.session import Session
-from vmthunder.ids import Buffer, ImageId
+from vmthunder.fuse.writable import WritableSession
+from vmthunder.ids import Buffer, ChunkId, ImageId
 from vmthunder.image.manifest import Manifest
 from vmthunder.node import control
+from vmthunder.node.background import Background
+from vmthunder.node.budget import PushBudget
 from vmthunder.node.cache import ChunkCache
 from vmthunder.node.catalogue import Catalogue
 from vmthunder.node.decoded import DecodedChunks
@@ -33,9 +36,15 @@ from vmthunder.node.image import LocalImage, OnDemandImage
 from vmthunder.node.imagefs import ImageFileSystem
 from vmthunder.node.materialized import MaterializedImages
 from vmthunder.node.mountstate import MountState, Node
+from vmthunder.node.novabase import NovaBase
+from vmthunder.node.novaimages import NovaImages
 from vmthunder.node.operations import Operations
+from vmthunder.node.orders import Orders, read_pins
 from vmthunder.node.peers import Peers
+from vmthunder.node.policy import Part
+from vmthunder.node.prefetch import Prefetcher
 from vmthunder.node.pusher import Pusher
+from vmthunder.node.realfiles import RealFiles
 from vmthunder.node.remote import listen
 from vmthunder.node.settings import AgentSettings
 from vmthunder.node.source import OriginSource
@@ -43,6 +52,8 @@ from vmthunder.node.stall import Stall
 from vmthunder.node.status import Status
 from vmthunder.origin.origin import Origin
 from vmthunder.origin.ranges import RangeReader
+from vmthunder.profile.client import ProfileClient
+from vmthunder.swarm.identity import node_id
 from vmthunder.swarm.key import ClusterKey
 
 log = logging.getLogger(__name__)
@@ -90,6 +101,8 @@ async def _serve(settings: AgentSettings, handoff: Handoff) -> Leave:
             state = _mount_state(settings, handoff)
             cache = ChunkCache(settings.state_dir, settings.cache_bytes)
             stack.callback(cache.close)
+            pins = read_pins(settings.state_dir / "pins")
+            cache.pin(frozenset[ChunkId]().union(*pins.values()))
             await asyncio.to_thread(cache.recover)
             decoded = DecodedChunks(settings.decoded_bytes)
             ranges = RangeReader(origin, key and key.token)
@@ -108,36 +121,95 @@ async def _serve(settings: AgentSettings, handoff: Handoff) -> Leave:
             def push(offset: int, data: Buffer) -> None:
                 pusher.push(number, offset, data)
 
-            return OnDemandImage(manifest, fetcher, push, stall)
+            watch = None if prefetcher is None else prefetcher.watch(node, manifest)
+            return OnDemandImage(manifest, fetcher, push, stall, watch)
+
+        def opened(node: Node, direct: bool) -> None:
+            if prefetcher is not None:
+                prefetcher.opened(node, direct=direct)
 
         swarms = peers.membership if peers else None
-        files = ImageFileSystem(catalogue, materialized, state, open_image, LocalImage, swarms)
-        session = Session(handoff.fuse_fd, handoff.negotiated, files, loop)
+        files = ImageFileSystem(catalogue, materialized, state, open_image, LocalImage, swarms, opened)
+
+        async def complete(manifest: Manifest) -> None:
+            """First the chunks, in the background, then the file: a guest's boot waits for neither."""
+            order = orders_here.place(manifest.image_id, Part.FULL, 0)
+            if order.task is not None:
+                await asyncio.wait([order.task])  # A cache too small for all of it is no reason to give up.
+            await materialized.make(manifest, _unwatched)
+
+        real = nova = None
+        if settings.base_fd is None:
+            session: Session = Session(handoff.fuse_fd, handoff.negotiated, files, loop)
+        else:
+            with _explained(settings):
+                nova = NovaImages(
+                    settings.nova_dir,
+                    catalogue,
+                    materialized,
+                    complete,
+                    complete_after_s=settings.complete_after_s,
+                )
+                real = RealFiles(settings.base_fd, settings.real_state_file, resume=handoff.cause is not Cause.START)
+            stack.callback(real.close)
+            session = WritableSession(handoff.fuse_fd, handoff.negotiated, NovaBase(real, files, nova, state), loop)
         if handoff.negotiated.passthrough:
             files.backing = session
+            if real is not None:
+                real.backing = session
         pusher = Pusher(session.notify_store, handoff.fuse_fd)
         stack.callback(pusher.stop)
         if peers is not None:
             stack.push_async_callback(peers.close)
             await peers.open(fetcher, cache, catalogue, needed=handoff.cause is Cause.START)
 
+        background = Background(fetcher)
+        profiles = _profiles(settings, origin, key)
+        stack.callback(profiles.close)
+        orders_here = Orders(settings.state_dir, pins, background, cache, catalogue, profiles, swarms)
+        stack.push_async_callback(orders_here.close)
+        if nova is not None:
+            stack.push_async_callback(nova.close)
+            nova.start()
+        prefetcher = None
+        if settings.prefetch:
+            prefetcher = Prefetcher(
+                background,
+                fetcher,
+                profiles,
+                node_id(settings.node_id_file),
+                pusher.push,
+                PushBudget(settings.prefetch_memory_bytes),
+                catalogue.manifest,
+                swarms.settled if swarms else _nothing_to_wait_for,
+                warm={node.number for node in state.nodes()},
+                hydrate_bytes_s=settings.hydrate_bytes_s,
+            )
+            stack.push_async_callback(prefetcher.close)
+
         def swarm_status() -> dict[str, Any] | None:
             return peers.status() if peers else None
 
+        def prefetch_status() -> dict[str, Any] | None:
+            return None if prefetcher is None else prefetcher.status()
+
         status = Status(
             settings, handoff, state, files, catalogue, materialized, cache, decoded, fetcher, origin_source, pusher,
-            stall, swarm_status,
+            stall, swarm_status, prefetch_status, orders_here.status,
         )  # fmt: skip
-        operations = Operations(handoff, catalogue, materialized, state, status.snapshot, orders.put_nowait)
+        operations = Operations(
+            handoff, catalogue, materialized, state, status.snapshot, orders.put_nowait, prefetcher, orders_here
+        )
 
         prepare_worker_memory()
         session.start(resend=handoff.cause is not Cause.START)
         stack.push_async_callback(session.close)
+        orders_here.start(settings.policy)
         server = await control.serve(settings.socket, operations.handlers())
         stack.callback(server.close)
         if peers is not None and key is not None and settings.control_listen is not None:
             with _forgiven(unless=handoff.cause is Cause.START):
-                remote, port = await listen(settings, key, status.snapshot)
+                remote, port = await listen(settings, key, status.snapshot, operations.precache)
                 stack.callback(remote.close)
                 peers.membership.announce(port)
         handoff.ready()
@@ -147,9 +219,13 @@ async def _serve(settings: AgentSettings, handoff: Handoff) -> Leave:
         if how is Leave.STOP:
             if peers is not None:
                 await peers.membership.leave_all()
-            for promise in (settings.socket, settings.mount_state_file):
+            for promise in (settings.socket, settings.mount_state_file, settings.real_state_file):
                 promise.unlink(missing_ok=True)
     return how
+
+
+async def _unwatched(done_bytes: int, total_bytes: int) -> None:
+    """Nobody waits for an image that is completed in the background."""
 
 
 async def _told_to_leave(session: Session, orders: "asyncio.Queue[Leave]") -> Leave:
@@ -167,6 +243,16 @@ async def _told_to_leave(session: Session, orders: "asyncio.Queue[Leave]") -> Le
         # This kernel would never send again what we leave unanswered: rather an old worker than a guest that hangs.
         log.error("event=handover_refused unanswered=%d reason=%s", left, "reads wait for the origin")
         session.start()
+
+
+def _profiles(settings: AgentSettings, origin: Origin, key: ClusterKey | None) -> ProfileClient:
+    """Profiles are learned by the server that images come from, or by the one that knows the swarms."""
+    server = settings.origin if settings.origin.startswith(("http://", "https://")) else settings.tracker
+    return ProfileClient(origin, server, key and key.token)
+
+
+async def _nothing_to_wait_for(_image: ImageId) -> None:
+    """This node is in no swarm."""
 
 
 def _cluster_key(settings: AgentSettings, handoff: Handoff) -> ClusterKey | None:

@@ -27,6 +27,7 @@ class Collected:
     packs: int
     pack_bytes: int
     manifests: int
+    profiles: int
     locks: int
     kept_packs: int
     kept_bytes: int
@@ -50,10 +51,11 @@ async def collect(
         all_packs = await origin.packs()
         litter = [info for info in all_packs if info.pack not in packs]
         manifests = [image_id for image_id in await origin.manifests() if image_id not in images]
+        profiles = [image_id for image_id in await origin.profiles() if image_id not in images]
         locks = 0
         if not dry_run:
             # Manifests first: a manifest whose packs are gone is worse than packs without a manifest.
-            await _delete(origin, lease, manifests, litter, watch)
+            await _delete(origin, lease, manifests, profiles, litter, watch)
             await remove_stale_marks(origin, [info for info in all_packs if info.pack in packs])
             locks = await remove_dead(origin)
             if origin.directory is not None:
@@ -63,6 +65,7 @@ async def collect(
         packs=len(litter),
         pack_bytes=litter_bytes,
         manifests=len(manifests),
+        profiles=len(profiles),
         locks=locks,
         kept_packs=len(all_packs) - len(litter),
         kept_bytes=sum(info.size_bytes for info in all_packs) - litter_bytes,
@@ -92,15 +95,17 @@ async def _delete(
     origin: Origin,
     lease: Lease,
     manifests: list[ImageId],
+    profiles: list[ImageId],
     packs: list[PackInfo],
     watch: Callable[[int, int], None],
 ) -> None:
-    done, total = 0, len(manifests) + len(packs)
-    for image_id in manifests:
-        lease.require()
-        await origin.delete_manifest(image_id)
-        done += 1
-        watch(done, total)
+    done, total = 0, len(manifests) + len(profiles) + len(packs)
+    for delete, images in ((origin.delete_manifest, manifests), (origin.delete_profile, profiles)):
+        for image_id in images:
+            lease.require()
+            await delete(image_id)
+            done += 1
+            watch(done, total)
     for at in range(0, len(packs), DELETES_AT_ONCE):
         lease.require()
         some = packs[at : at + DELETES_AT_ONCE]

@@ -96,6 +96,7 @@ class Kind(IntEnum):
     PING = 11
     PONG = 12
     GOODBYE = 13
+    HURRY = 14
 
 
 class Hello(NamedTuple):
@@ -160,6 +161,12 @@ class Cancelled(NamedTuple):
     request: int
 
 
+class Hurry(NamedTuple):
+    """A guest waits now for what was asked for in the background."""
+
+    request: int
+
+
 class Have(NamedTuple):
     """Which of these chunks are held?"""
 
@@ -194,7 +201,9 @@ class Goodbye(NamedTuple):
     text: str
 
 
-Frame: TypeAlias = Hello | Proof | Get | NotHere | Busy | Cancel | Cancelled | Have | Held | Ping | Pong | Goodbye
+Frame: TypeAlias = (
+    Hello | Proof | Get | NotHere | Busy | Cancel | Cancelled | Hurry | Have | Held | Ping | Pong | Goodbye
+)
 """Everything but CHUNK, whose body never becomes a frame in memory."""
 
 
@@ -283,6 +292,7 @@ _BODIES: Final[dict[int, tuple[int, int, Callable[[int, bytes], Frame]]]] = {
     Kind.PING: (0, 0, lambda request, _body: Ping(request)),
     Kind.PONG: (0, 0, lambda request, _body: Pong(request)),
     Kind.GOODBYE: (_GOODBYE.size, _GOODBYE.size + MAX_TEXT_BYTES, _goodbye),
+    Kind.HURRY: (0, 0, lambda request, _body: Hurry(request)),
 }
 MAX_BODY_BYTES: Final = max(longest for _, longest, _ in _BODIES.values())
 """Of a frame that is not a CHUNK."""

@@ -27,8 +27,10 @@ from vmthunder.peer.frames import (
     Get,
     Goodbye,
     Have,
+    Hurry,
     NotHere,
     Pong,
+    Priority,
     ProtocolError,
     Reason,
     RemoteProtocolError,
@@ -79,7 +81,7 @@ class Link(asyncio.BufferedProtocol):
         self._questions: dict[int, asyncio.Future[list[bool]]] = {}
         # Their requests, by priority. Each is in one of three places, in the order of asking:
         self._todo: tuple[dict[int, tuple[ChunkId, Route]], ...] = ({}, {})
-        self._making: dict[int, asyncio.Task[None]] = {}
+        self._making: dict[int, tuple[asyncio.Task[None], ChunkId, Route]] = {}
         self._ready: tuple[dict[int, Answer], ...] = ({}, {})
         self._ready_bytes = 0
         self._heard = False
@@ -119,6 +121,13 @@ class Link(asyncio.BufferedProtocol):
             waiters.append(waiter)
         self._write(data)
         return waiters
+
+    def hurry(self, waiter: Waiter) -> None:
+        """A guest waits now for a chunk that was asked for in the background; `waiter` is from `get`."""
+        for request, known in self._waiters.items():
+            if known is waiter:
+                self._write(self._talk.hurry(request))
+                return
 
     async def have(self, swarm: ImageId, chunk_ids: Sequence[ChunkId]) -> list[bool]:
         """Which of these the peer holds. Raises LinkLost."""
@@ -220,7 +229,7 @@ class Link(asyncio.BufferedProtocol):
             self._transport.close()
             # A peer that does not read any more must not keep the connection.
             self._loop.call_later(_GOODBYE_S, self._transport.abort)
-        for task in self._making.values():
+        for task, _, _ in self._making.values():
             task.cancel()
         for todo, ready in zip(self._todo, self._ready, strict=True):
             todo.clear()
@@ -246,6 +255,8 @@ class Link(asyncio.BufferedProtocol):
                     todo[number] = chunk_id, route
             case Cancel(request):
                 self._cancel(request)
+            case Hurry(request):
+                self._hurry(request)
             case Have(request, swarm, chunk_ids):
                 self._write(self._talk.held(request, self._answerer.held(swarm, chunk_ids)))
             case Held(request, held):
@@ -298,7 +309,8 @@ class Link(asyncio.BufferedProtocol):
             assert self.peer is not None
             answer = self._answerer.answer(self.peer, chunk_id, route)
             if isinstance(answer, Awaitable):
-                self._making[request] = self._loop.create_task(self._make_one(request, answer, route.priority))
+                task = self._loop.create_task(self._make_one(request, answer, route.priority))
+                self._making[request] = task, chunk_id, route
             else:
                 self._enqueue(request, answer, route.priority)
 
@@ -344,10 +356,25 @@ class Link(asyncio.BufferedProtocol):
             answer = ready.pop(request, None)
             if answer is not None:
                 self._ready_bytes -= _size(answer)
-        task = self._making.pop(request, None)
-        if task is not None:
-            task.cancel()
+        making = self._making.pop(request, None)
+        if making is not None:
+            making[0].cancel()
         self._write(self._talk.cancelled(request))
+
+    def _hurry(self, request: int) -> None:
+        """Wherever a background request is, it goes on as one that a guest waits for."""
+        making = self._making.get(request)
+        if (found := self._todo[Priority.BACKGROUND].pop(request, None)) is None and making is not None:
+            task, chunk_id, route = making
+            if route.priority is Priority.BACKGROUND:
+                # Asked again, whoever makes the answer learns that it is urgent; what it has begun goes on.
+                del self._making[request]
+                task.cancel()
+                found = chunk_id, route
+        if found is not None:
+            self._todo[Priority.DEMAND][request] = found[0], found[1]._replace(priority=Priority.DEMAND)
+        elif (answer := self._ready[Priority.BACKGROUND].pop(request, None)) is not None:
+            self._ready[Priority.DEMAND][request] = answer
 
 
 def _size(answer: Answer) -> int:

@@ -31,6 +31,7 @@ from vmthunder.peer.frames import (
     Goodbye,
     Have,
     Hello,
+    Hurry,
     Kind,
     LocalProtocolError,
     NotHere,
@@ -85,7 +86,7 @@ class Held(NamedTuple):
     held: list[bool]
 
 
-Event: TypeAlias = Reply | Opened | Chunk | Get | NotHere | Busy | Cancel | Have | Held | Pong | Goodbye
+Event: TypeAlias = Reply | Opened | Chunk | Get | NotHere | Busy | Cancel | Hurry | Have | Held | Pong | Goodbye
 
 
 class _State(Enum):
@@ -247,7 +248,7 @@ class Conversation:
             case Cancelled(request):
                 if self._cancelled.pop(request, None) is None:
                     raise RemoteProtocolError("peer cancelled a request that it was not asked to cancel")
-            case Cancel(request):
+            case Cancel(request) | Hurry(request):
                 if request in self._owed:  # otherwise it crossed with our answer
                     events.append(frame)
             case Have(request, _, chunk_ids):
@@ -332,6 +333,12 @@ class Conversation:
             return b""
         self._cancelled[request] = size
         return frames.encode(Kind.CANCEL, request)
+
+    def hurry(self, request: int) -> bytes:
+        """Let a request be one that a guest waits for. Returns what to send, nothing if it was answered already."""
+        if request not in self._wanted or self._state is not _State.OPEN:
+            return b""
+        return frames.encode(Kind.HURRY, request)
 
     def chunk(self, request: int, size: int) -> bytes:
         """Answer with a chunk: what to send before its `size` bytes. Raises LocalProtocolError if no answer is owed."""

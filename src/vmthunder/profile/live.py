@@ -1,8 +1,8 @@
 """The live profile of a storm: first touches over all nodes that boot an image now, told to each other. Soft state. [pure]
 
 A node calls again and again with what it touched since its last call, and is told what others touched meanwhile. The
-`cursor` is how far into the common order it has been told; it holds the number of this run of the server too, so that after
-a restart a node is told all that is known again.
+`cursor` is how far into the common order it has been told; it holds the number of the storm too, so that a node that comes
+from another one, or after a restart of the server, is told all that is known.
 
 As bytes, little-endian:
 
@@ -85,31 +85,30 @@ class LiveAnswer(NamedTuple):
 class _Storm:
     """One image that is booted now."""
 
+    number: int
+    """Tells its cursors from those of other storms."""
     order: list[int] = field(default_factory=list)
     """Indices by first touch, whoever it was; each once."""
     known: set[int] = field(default_factory=set)
     """The same, to look up."""
-    callers: "OrderedDict[NodeId, float]" = field(default_factory=OrderedDict)
-    """Node → time of its last call; who called longest ago comes first."""
+    callers: OrderedDict[NodeId, float] = field(default_factory=OrderedDict)
+    """Node → time of its last call; who called longest ago comes first. Never empty between calls."""
 
 
 class Live:
     """All storms that one server knows. One owner; no threads."""
 
-    def __init__(self, run: int) -> None:
-        """`run` is a random number, 1…2³²−1: cursors of other runs are told from ours by it."""
-        self._run = run
+    def __init__(self, number: int) -> None:
+        """`number` is a random one below 2³²: after a restart cursors are to be others than before."""
+        self._number = number
         self._storms: OrderedDict[ImageId, _Storm] = OrderedDict()  # the one called longest ago comes first
 
     def call(self, image_id: ImageId, call: LiveCall, now: float) -> LiveAnswer:
         """Take what a node touched, tell what others did. Indices must have been checked against the image."""
-        storm = self._storms.setdefault(image_id, _Storm())
-        storm.callers[call.node] = now
-        storm.callers.move_to_end(call.node)
-        self._storms.move_to_end(image_id)
-        self._forget(storm, now)
-        run, told = divmod(call.cursor, 1 << 32)
-        if run != self._run or told > len(storm.order):
+        storm = self._storm(image_id, now)
+        _called(storm.callers, call.node, now)
+        number, told = divmod(call.cursor, 1 << 32)
+        if number != storm.number or told > len(storm.order):
             told = 0
         # The node is told everything up to here, now: what it touched itself needs to be left out of one answer only.
         mine = set(call.touched)
@@ -119,25 +118,29 @@ class Live:
                 storm.known.add(index)
                 storm.order.append(index)
         next_s = min(max(SOONEST_S, len(storm.callers) / CALLS_PER_S), LATEST_S)
-        return LiveAnswer(self._run << 32 | len(storm.order), others, next_s)
+        return LiveAnswer(storm.number << 32 | len(storm.order), others, next_s)
 
-    def callers(self, image_id: ImageId, now: float) -> int:
-        """How many nodes call for an image now."""
-        storm = self._storms.get(image_id)
-        return 0 if storm is None else sum(last >= now - FORGET_S for last in storm.callers.values())
+    def _storm(self, image_id: ImageId, now: float) -> _Storm:
+        """The storm of an image, after those that are over, or too many, were forgotten."""
+        for old, storm in list(self._storms.items()):
+            if next(reversed(storm.callers.values())) >= now - FORGET_S:
+                break
+            del self._storms[old]
+        found = self._storms.get(image_id)
+        if found is None:
+            if len(self._storms) == MAX_IMAGES:
+                self._storms.popitem(last=False)
+            self._number = (self._number + 1) % (1 << 32)
+            found = self._storms[image_id] = _Storm(self._number)
+        self._storms.move_to_end(image_id)
+        return found
 
-    def _forget(self, storm: _Storm, now: float) -> None:
-        while storm.callers and (_oldest(storm) < now - FORGET_S or len(storm.callers) > MAX_NODES):
-            storm.callers.popitem(last=False)
-        while self._storms:
-            image_id, idle = next(iter(self._storms.items()))
-            if max(idle.callers.values(), default=0.0) >= now - FORGET_S and len(self._storms) <= MAX_IMAGES:
-                return
-            del self._storms[image_id]
 
-
-def _oldest(storm: _Storm) -> float:
-    return next(iter(storm.callers.values()))
+def _called(callers: OrderedDict[NodeId, float], node: NodeId, now: float) -> None:
+    callers[node] = now
+    callers.move_to_end(node)
+    while next(iter(callers.values())) < now - FORGET_S or len(callers) > MAX_NODES:
+        callers.popitem(last=False)
 
 
 def _pack(indices: Iterable[int]) -> bytes:

@@ -9,7 +9,7 @@ import os
 import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Final
+from typing import Final, NamedTuple
 
 from vmthunder.errors import Corrupt, NotFound
 from vmthunder.ids import ImageId, ImageName, digest
@@ -19,6 +19,9 @@ from vmthunder.origin.index import KnownChunks
 from vmthunder.origin.lock import publish_lease
 from vmthunder.origin.origin import Origin
 from vmthunder.origin.ref import Ref
+from vmthunder.profile import store
+from vmthunder.profile.merge import carried
+from vmthunder.profile.profile import CorruptProfile
 from vmthunder.publishing.download import Watch
 from vmthunder.publishing.encoding import encode_source
 from vmthunder.publishing.packing import Occurrence, PackWriter
@@ -98,9 +101,14 @@ async def publish(
             await packs.abandon()
             raise
         source.check_unchanged()
-        ref = await _same(origin, name, manifest, known)
-        unchanged = ref is not None
-        if ref is None:
+        now = Manifest.decode(manifest, ImageId(digest(manifest)))
+        before = await _predecessor(origin, name)
+        unchanged = before is not None and _same(before.manifest, now) and known.has(before.manifest.packs)
+        if before is not None and unchanged:
+            ref = before.ref
+        else:
+            if before is not None:
+                await _carry_profile(origin, before.manifest, now)
             ref = Ref(
                 name=name,
                 image_id=await origin.put_manifest(manifest),
@@ -124,22 +132,41 @@ async def publish(
     )
 
 
-async def _same(origin: Origin, name: ImageName, encoded: bytes, known: KnownChunks) -> Ref | None:
-    """The ref that `name` has, if it means the contents of `encoded` already and none of its packs is damaged.
+class _Predecessor(NamedTuple):
+    """What a name meant before."""
+
+    ref: Ref
+    manifest: Manifest
+
+
+async def _predecessor(origin: Origin, name: ImageName) -> _Predecessor | None:
+    try:
+        ref = await origin.ref(name)
+        return _Predecessor(ref, await origin.manifest(ref.image_id))
+    except (NotFound, Corrupt):
+        return None  # a damaged one is replaced
+
+
+def _same(before: Manifest, now: Manifest) -> bool:
+    """Whether both are of the same contents.
 
     The manifests may differ all the same: a chunk that is in two packs may be named in either.
     """
-    try:
-        ref = await origin.ref(name)
-        before = await origin.manifest(ref.image_id)
-    except (NotFound, Corrupt):
-        return None  # a damaged one is replaced
-    now = Manifest.decode(encoded, ImageId(digest(encoded)))
     if (before.virtual_bytes, before.chunk_bytes, before.row_count) != (
         now.virtual_bytes,
         now.chunk_bytes,
         now.row_count,
     ):
-        return None
-    same = all(a.index == b.index and a.chunk_id == b.chunk_id for a, b in zip(before.rows(), now.rows(), strict=True))
-    return ref if same and known.has(before.packs) else None
+        return False
+    return all(a.index == b.index and a.chunk_id == b.chunk_id for a, b in zip(before.rows(), now.rows(), strict=True))
+
+
+async def _carry_profile(origin: Origin, before: Manifest, now: Manifest) -> None:
+    """Let the new version start with what is known of the old one, unless its own boots are known already."""
+    try:
+        known = await store.load(origin, now.image_id)
+        profile = await store.load(origin, before.image_id)
+    except CorruptProfile:
+        return  # a new one is learned
+    if known is None and profile is not None:
+        await store.save(origin, carried(profile, now, before))

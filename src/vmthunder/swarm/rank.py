@@ -73,6 +73,8 @@ class Ranking:
     """What is known about the sources of one swarm."""
 
     def __init__(self) -> None:
+        self.hedges = 0
+        """Times that a second source was asked beside the first."""
         self._records: dict[Source, _Record] = {}
         self._all = _Latencies()
         self._banned: set[NodeId] = set()

@@ -13,18 +13,17 @@ import asyncio
 import itertools
 import json
 import random
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Iterable
 from typing import Final, TypeAlias
 
 from aiohttp import web
 
-from vmthunder.errors import Conflict
 from vmthunder.ids import ImageId
+from vmthunder.serverhandlers import body, told_in_one_line
 from vmthunder.swarm.topology import DEFAULT_FANOUT, DEFAULT_STRIPES
 from vmthunder.swarm.tracker import LEASE_S, Tracker
 from vmthunder.swarm.view import (
     MAX_TERM,
-    BadMessage,
     Delta,
     Update,
     Version,
@@ -49,7 +48,6 @@ NOTHING_NEW: Final = "{}"
 _Updates: TypeAlias = Iterable[tuple[ImageId, Update | None]]
 _Encoded: TypeAlias = dict[tuple[ImageId, Version, int | None], str]
 """Updates by swarm, version, and what they begin from: most are the same for all who are told in one moment."""
-_Handler: TypeAlias = Callable[[web.Request], Awaitable[web.Response]]
 
 
 class TrackerService:
@@ -65,25 +63,25 @@ class TrackerService:
 
     def attach(self, app: web.Application) -> None:
         """Answer below /swarm of an application, whose runner must cancel the handlers of connections that break."""
-        app.router.add_post("/swarm/join", _told_in_one_line(self._join))
-        app.router.add_post("/swarm/poll", _told_in_one_line(self._poll))
-        app.router.add_post("/swarm/leave", _told_in_one_line(self._leave))
+        app.router.add_post("/swarm/join", told_in_one_line(self._join))
+        app.router.add_post("/swarm/poll", told_in_one_line(self._poll))
+        app.router.add_post("/swarm/leave", told_in_one_line(self._leave))
         app.router.add_get("/swarm", self._show)
         app.on_shutdown.append(self._shut_down)
 
     async def _join(self, request: web.Request) -> web.Response:
-        join = decode_join(await _body(request, MAX_JOIN_BYTES))
+        join = decode_join(await body(request, MAX_JOIN_BYTES))
         waiter = next(self._numbers)
         view = self._tracker.join(join, waiter, self._loop.time())
         return await self._answer(waiter, None if view is None else [(join.swarm, view)])
 
     async def _poll(self, request: web.Request) -> web.Response:
-        poll = decode_poll(await _body(request, MAX_POLL_BYTES))
+        poll = decode_poll(await body(request, MAX_POLL_BYTES))
         waiter = next(self._numbers)
         return await self._answer(waiter, self._tracker.poll(poll, waiter, self._loop.time()))
 
     async def _leave(self, request: web.Request) -> web.Response:
-        leave = decode_leave(await _body(request, MAX_LEAVE_BYTES))
+        leave = decode_leave(await body(request, MAX_LEAVE_BYTES))
         self._tracker.leave(leave, self._loop.time())
         self._tick()
         return _json(NOTHING_NEW)
@@ -146,27 +144,3 @@ def _encode(updates: _Updates, encoded: _Encoded) -> str:
 
 def _json(text: str) -> web.Response:
     return web.Response(text=text, content_type="application/json", headers={"Cache-Control": "no-store"})
-
-
-async def _body(request: web.Request, most_bytes: int) -> bytes:
-    """The whole body. Raises HTTPRequestEntityTooLarge before more than that is taken."""
-    data = bytearray()
-    async for part in request.content.iter_any():
-        data += part
-        if len(data) > most_bytes:
-            raise web.HTTPRequestEntityTooLarge(most_bytes, len(data), text=f"more than {most_bytes} bytes\n")
-    return bytes(data)
-
-
-def _told_in_one_line(handler: _Handler) -> _Handler:
-    """What is wrong with a message is told to who sent it."""
-
-    async def handle(request: web.Request) -> web.Response:
-        try:
-            return await handler(request)
-        except BadMessage as error:
-            raise web.HTTPBadRequest(text=f"{error}\n") from None
-        except Conflict as error:
-            raise web.HTTPConflict(text=f"{error}\n") from None
-
-    return handle

@@ -1,0 +1,99 @@
+"""The search for one chunk: who is asked, when somebody else is, and when a source is taken for dead. [pure]
+
+Events in, instructions out: whoever sends the questions (`node/swarmsource.py`, and the simulator) says what came of
+them, and is told whom to ask. Time is an argument, of the clock that the `Ranking` is used with. One owner; no threads.
+"""
+
+from collections import deque
+from collections.abc import Container, Sequence
+from typing import Final, NamedTuple
+
+from vmthunder.ids import NodeId
+from vmthunder.swarm.rank import Ranking, Source
+
+GIVE_UP_S: Final = 0.8
+"""A source that has not answered for so long, and twice as long as what is late, is taken for dead."""
+GIVE_UP_BACKGROUND_S: Final = 5.0
+"""The same where nobody waits: an honest peer answers those first for whom somebody does."""
+
+
+class Ask(NamedTuple):
+    """An instruction: ask this source too."""
+
+    source: Source
+
+
+class Search:
+    """Whom to ask for a chunk, who was asked, and since when."""
+
+    __slots__ = ("_asked", "_background", "_began_background", "_latest", "_members", "_ranking", "_since", "_todo")
+
+    def __init__(
+        self,
+        ranking: Ranking,
+        ancestors: Sequence[NodeId],
+        members: Container[NodeId | None],
+        now: float,
+        *,
+        background: bool = False,
+    ) -> None:
+        """Only `members` may be hinted at. `background`: nobody waits, until `hurried`."""
+        self._ranking = ranking
+        self._members = members
+        self._background = self._began_background = background
+        self._todo = deque(ranking.rank(ancestors, (), now))
+        self._asked: dict[Source, float] = {}  # everybody who was, with the time
+        self._latest: Source = None
+        self._since = now
+
+    def ask_next(self, now: float) -> Ask | None:
+        """The best source that was not asked; None if there is none."""
+        while self._todo:
+            source = self._todo.popleft()
+            if source not in self._asked:
+                self._asked[source] = self._since = now
+                self._latest = source
+                return Ask(source)
+        return None
+
+    def patience_s(self, now: float) -> float | None:
+        """How long to wait for an answer before `late`; None: for as long as it takes, there is nobody else."""
+        if not self._todo:
+            return None
+        waited_s = now - self._since
+        late_s = self._dead_s() if self._background else self._ranking.hedge_after_s(self._latest)
+        return max(0.0, (late_s if waited_s < late_s else self._dead_s()) - waited_s)
+
+    def late(self, now: float, size_bytes: int) -> Ask | None:
+        """No answer in time: the latest source is dead, or a second one is asked beside it if so many bytes may be."""
+        if now - self._since >= self._dead_s():
+            self._ranking.failed(self._latest, now)
+        elif self._background or not self._ranking.may_hedge(size_bytes):
+            return None
+        else:
+            self._ranking.hedges += 1
+        return self.ask_next(now)
+
+    def hurried(self, now: float) -> None:
+        """Somebody waits from now on: whoever was asked may take as long as for any demand read."""
+        self._background = False
+        self._since = now
+
+    def delivered(self, source: Source, size_bytes: int, now: float) -> None:
+        """It came from this source."""
+        if not self._began_background:  # what may wait says nothing of how long a guest would
+            self._ranking.delivered(source, size_bytes, now - self._asked[source], now)
+
+    def failed(self, source: Source, now: float) -> None:
+        """A source was lost."""
+        self._ranking.failed(source, now)
+
+    def refused(self, hint: NodeId | None, now: float) -> None:
+        """A source has not got it, or is busy, and perhaps said who has."""
+        if hint in self._members and self._ranking.usable(hint, now):
+            self._todo.appendleft(hint)
+
+    def _dead_s(self) -> float:
+        if self._background:
+            return GIVE_UP_BACKGROUND_S
+        return max(GIVE_UP_S, 2 * self._ranking.hedge_after_s(self._latest))

@@ -1,0 +1,41 @@
+"""Nova and Glance as they are released, each in an environment of its own that is made once per machine."""
+
+import fcntl
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from agents import lab
+
+__all__ = ["lab"]
+
+CACHE = Path("/var/tmp/vmthunder-openstack")
+"""Some 700 MB, which take a minute or two to come; kept between runs."""
+
+
+def environment(*packages: str) -> Path:
+    """The Python of an environment that holds these packages."""
+    CACHE.mkdir(mode=0o755, exist_ok=True)
+    directory = CACHE / packages[0].replace("==", "-")
+    python = directory / "bin" / "python"
+    with (CACHE / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (directory / "done").exists():
+            subprocess.run([sys.executable, "-m", "venv", "--clear", directory], check=True, timeout=60)
+            subprocess.run([python, "-m", "pip", "install", "--quiet", *packages], check=True, timeout=600)
+            (directory / "done").touch()
+    return python
+
+
+@pytest.fixture(scope="session")
+def nova_python() -> Path:
+    """A Python that imports Nova."""
+    return environment("nova==34.0.0")
+
+
+@pytest.fixture(scope="session")
+def glance_python() -> Path:
+    """A Python that imports Glance, and a web server for it."""
+    return environment("glance==33.0.0", "gunicorn")

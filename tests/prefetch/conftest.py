@@ -1,0 +1,3 @@
+from agents import lab
+
+__all__ = ["lab"]
