@@ -56,13 +56,13 @@ class RangeReader:
                 async with asyncio.timeout(ANSWER_S):
                     return await self._ask(pack, offset, length_bytes)
             except TimeoutError:
-                raise OriginUnavailable(f"origin {self._origin.url} did not answer within {ANSWER_S:.0f} s") from None
+                raise OriginUnavailable(f"origin {self._origin.url} did not answer in time") from None
             except (OSError, _NotPlain):
                 pass
         return await self._origin.read_pack(pack, offset, length_bytes)
 
     async def _ask(self, pack: PackId, offset: int, length_bytes: int) -> Buffer:
-        connection = self._idle.pop() if self._idle else await self._connect()
+        connection = await self._connection()
         try:
             head = (
                 f"GET {self._prefix}/{pack_key(pack)} HTTP/1.1\r\n{self._headers}"
@@ -78,20 +78,23 @@ class RangeReader:
             connection.abort()
         return body
 
-    async def _connect(self) -> "_Connection":
+    async def _connection(self) -> "_Connection":
+        while self._idle:
+            connection = self._idle.pop()
+            if connection.open:
+                return connection
         async with asyncio.timeout(CONNECT_S):
             loop = asyncio.get_running_loop()
-            return (await loop.create_connection(lambda: _Connection(loop, self._idle), *self._address))[1]
+            return (await loop.create_connection(lambda: _Connection(loop), *self._address))[1]
 
 
 class _Connection(asyncio.BufferedProtocol):
     """One connection. The body is received into the memory that is handed out."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, idle: "list[_Connection]") -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.reusable = False
         """Whether another request may follow. Set by an answer."""
         self._loop = loop
-        self._idle = idle
         self._transport: asyncio.Transport | None = None
         self._head = bytearray(MAX_HEAD_BYTES)
         self._head_bytes = 0
@@ -100,10 +103,14 @@ class _Connection(asyncio.BufferedProtocol):
         self._in_body = False
         self._answer: asyncio.Future[memoryview] | None = None
 
+    @property
+    def open(self) -> bool:
+        """Whether the server has not hung up, as far as is known."""
+        return self._transport is not None
+
     async def ask(self, request: bytes, length_bytes: int) -> memoryview:
         """The body of a 206 of that length. Raises OSError, _NotPlain."""
-        if self._transport is None:
-            raise ConnectionResetError("the connection was closed while it was idle")
+        assert self._transport is not None
         self._head_bytes = self._body_bytes = 0
         self._in_body = self.reusable = False
         self._body = memoryview(bytearray(length_bytes))
@@ -121,8 +128,6 @@ class _Connection(asyncio.BufferedProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport = None
-        if self in self._idle:
-            self._idle.remove(self)
         self._fail(exc or ConnectionResetError("the server hung up"))
 
     def get_buffer(self, sizehint: int) -> memoryview | bytearray:
