@@ -18,8 +18,8 @@ _START_S = 60.0
 
 
 @contextmanager
-def serving(cluster: Cluster, root: Path, work: Path, *options: str) -> Iterator[str]:
-    """The image server on the cluster's origin; gives its URL. Makes the cluster key `work`/cluster.key."""
+def serving(cluster: Cluster, root: Path, work: Path, *options: str) -> Iterator[tuple[str, Process]]:
+    """The image server on the cluster's origin, and its URL. Makes the cluster key `work`/cluster.key."""
     log = work / "server.log"
     argv = [
         *VMTHUNDER,
@@ -32,7 +32,7 @@ def serving(cluster: Cluster, root: Path, work: Path, *options: str) -> Iterator
     server = cluster.origin.run(partial(Process, "image server", argv, log))
     try:
         server.wait_until(lambda: "listening on " in log.read_text(), _START_S)
-        yield f"http://{cluster.origin.address}:{SERVER_PORT}"
+        yield f"http://{cluster.origin.address}:{SERVER_PORT}", server
     finally:
         server.stop()
 

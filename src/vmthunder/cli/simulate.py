@@ -25,8 +25,8 @@ from vmthunder.sim.run import simulate as run
 from vmthunder.sim.scenario import MAX_NODES, Practice, Scenario, Shape
 
 PRACTICE: Final = Practice(MAX_REQUESTS, UPLOADS, RETRY_S, MAX_HOPS)
-WORK: Final = 1_000_000
-"""Deliveries that a run simulates, if the image has as many: half a minute, and a minute with ten thousand nodes."""
+WORK: Final = 500_000
+"""Deliveries that a run simulates, if the image has as many: half a minute; with ten thousand nodes, several."""
 LEAST_CHUNKS: Final = 250
 MOST_CHUNKS: Final = 2000
 _VARIANTS: Final = {OURS: Shape.OURS, TREE: Shape.TREE, ALONE: Shape.STAR}
