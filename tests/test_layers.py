@@ -57,6 +57,7 @@ PURE = {
     "image.manifest",
     "image.pack",
     "fuse.protocol",
+    "fuse.writing",
     "fuse.negotiate",
     "swarm.topology",
     "swarm.view",
