@@ -36,8 +36,11 @@ class Nbd:
 
     def set_up(self, cell: Cell) -> Setup:
         address = cell.origin.address
-        argv = ["nbdkit", "--foreground", "--readonly", f"--ipaddr={address}", f"--port={_NBD_PORT}", "file"]
-        cell.start(cell.origin, [*argv, str(self._disk)], lambda _: _listens(cell.origin, _NBD_PORT))
+        # nbdkit in the foreground ends with the thread that started it (PR_SET_PDEATHSIG), and what starts processes in a
+        # namespace is a thread that is soon over: timeout(1), here without a limit, stands between them.
+        argv = ["timeout", "0", "nbdkit", "--foreground", "--readonly", f"--ipaddr={address}", f"--port={_NBD_PORT}"]
+        argv += ["file", str(self._disk)]
+        cell.start(cell.origin, argv, lambda _: _listens(cell.origin, _NBD_PORT))
         return Setup([partial(show, cell, node, f"nbd://{address}:{_NBD_PORT}") for node in cell.nodes])
 
 
