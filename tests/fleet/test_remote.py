@@ -141,6 +141,17 @@ def test_nothing_but_the_challenge_is_answered_without_a_signature_and_no_body_i
     with_node(tmp_path, work)
 
 
+@pytest.mark.parametrize("head", [b"GET /challenge HTTP/1.0", b"CONNECT /challenge HTTP/1.1\r\nHost: n"])
+def test_who_asks_for_a_challenge_that_no_order_can_follow_is_no_failure_of_ours(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, head: bytes
+) -> None:
+    async def work(client: NodeClient, port: int) -> None:
+        assert b" 200 " in await said_to(port, head + b"\r\n\r\n")
+        assert "remote_request_failed" not in caplog.text
+
+    with_node(tmp_path, work)
+
+
 @pytest.mark.parametrize(
     ("wanted", "line"),
     [

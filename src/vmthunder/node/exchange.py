@@ -74,8 +74,13 @@ class Exchange:
         nonce = secrets.token_bytes(NONCE_BYTES)
         await self._request(mac, nonce)
         if self.path == CHALLENGE:
-            await self.answer({"nonce": nonce.hex()}, last=False)
-            self._http.start_next_cycle()
+            try:
+                await self.answer({"nonce": nonce.hex()}, last=False)
+                self._http.start_next_cycle()
+            except (
+                h11.LocalProtocolError
+            ):  # HTTP/1.0, `Connection: close`, CONNECT: theirs to ask, and no fault of ours
+                raise ConnectionResetError("no order can follow the challenge on this connection") from None
             await self._request(mac, nonce)
             if self.path == CHALLENGE:
                 raise _Refused(HTTPStatus.BAD_REQUEST, "the order is missing", 2)
