@@ -62,9 +62,9 @@ async def _run(root: Path, host: str, port: int, key_file: Path | None, shape: t
         TrackerService(stripes=stripes, fanout=fanout).attach(app)
     runner, url = await serve(app, host, port)
     try:
-        click.echo(f"listening on {url}")
         if key_file is not None:
             click.echo(f"nodes need a copy of the cluster key, {key_file}", err=True)
+        click.echo(f"listening on {url}")
         await stop.wait()
     finally:
         await runner.cleanup()
