@@ -22,7 +22,7 @@ def test_what_boots_read_is_brought_and_a_guest_fetches_nothing(lab: Lab) -> Non
     save_profile(lab, boot_set())
     agent = lab.agent()
     report = json.loads(run_vmthunder("precache", "debian", "--run-dir", agent.run_dir, "--json"))
-    assert report["bytes"] == agent.status()["cache"]["bytes"]
+    assert report["bytes"] == agent.status()["fetch"]["bytes_fetched"]
     assert agent.status()["cache"]["chunks"] == 60
     before = agent.status()["fetch"]["chunks_fetched"]
     read(agent, source, boot_set())

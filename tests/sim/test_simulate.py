@@ -54,11 +54,10 @@ def test_every_node_gets_each_chunk_and_nothing_beats_the_bound(
         assert outcome.time_over_bound > 0.95 if slow else outcome.time_over_bound > 0.999
 
 
-@pytest.mark.parametrize("scenario", [PLAIN, LOSSY], ids=["plain", "lossy"])
-def test_the_same_seed_gives_the_same_and_another_seed_another(scenario: Scenario) -> None:
-    first = run(scenario)
-    assert run(scenario) == first
-    assert first.times_s != run(replace(scenario, seed=2)).times_s
+def test_the_same_seed_gives_the_same_and_another_seed_another() -> None:
+    first = run(LOSSY)
+    assert run(LOSSY) == first
+    assert first.times_s != run(replace(LOSSY, seed=2)).times_s
 
 
 def test_one_node_takes_what_its_link_takes() -> None:

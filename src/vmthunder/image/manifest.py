@@ -128,7 +128,12 @@ class Manifest:
         return map(self._row, range(self.row_count))
 
     def find(self, chunk_id: ChunkId) -> ChunkRow | None:
-        """A row of a chunk, by its id. The first call makes an index of 8 bytes a row."""
+        """The first row of a chunk, by its id."""
+        number = self.number(chunk_id)
+        return None if number is None else self._row(number)
+
+    def number(self, chunk_id: ChunkId) -> int | None:
+        """How many rows are before the first one of a chunk. The first call makes an index of 8 bytes a row."""
         if self._by_chunk is None:
             # The first half of each number is the begin of an id, the second half the number of the row.
             rows = range(self.row_count)
@@ -139,9 +144,9 @@ class Manifest:
         prefix = _PREFIX.unpack_from(chunk_id)[0]
         place = bisect_left(self._by_chunk, prefix << 32)
         while place < self.row_count and self._by_chunk[place] >> 32 == prefix:
-            row = self._row(self._by_chunk[place] & 0xFFFF_FFFF)
-            if row.chunk_id == chunk_id:
-                return row
+            number = self._by_chunk[place] & 0xFFFF_FFFF
+            if self._row(number).chunk_id == chunk_id:
+                return number
             place += 1
         return None
 

@@ -22,7 +22,6 @@ from vmthunder.peer.link import Link, LinkLost, Waiter
 from vmthunder.peer.pool import Pool
 from vmthunder.swarm.rank import Ranking, Source
 from vmthunder.swarm.search import Ask, Search
-from vmthunder.swarm.topology import stripe_of
 from vmthunder.swarm.view import Roster
 
 log = logging.getLogger(__name__)
@@ -84,7 +83,8 @@ class _Asking:
     """One chunk: the questions that are out."""
 
     def __init__(self, source: SwarmSource, image: Manifest, row: ChunkRow, errand: Errand, roster: Roster) -> None:
-        stripe = stripe_of(row.chunk_id, roster.topology.stripes)
+        # By the first row of the chunk: all nodes must agree on the stripe of one that is in the image several times.
+        stripe = (image.number(row.chunk_id) or 0) % roster.topology.stripes
         ancestors = roster.topology.ancestors(source.node, stripe)
         self._source = source
         self._image = image

@@ -12,12 +12,11 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, Final
 
-from vmthunder.ids import NODE_ID_BYTES, ChunkId, NodeId
+from vmthunder.ids import NODE_ID_BYTES, NodeId
 from vmthunder.sim.scenario import SLOW_SHARE, Outcome, Scenario, Shape
 from vmthunder.sim.views import POLL_S, View, Views
 from vmthunder.swarm.rank import Ranking
 from vmthunder.swarm.search import Ask, Search
-from vmthunder.swarm.topology import stripe_of
 
 _LEAST_S: Final = 1e-6
 """Timers never wait for less: a sum of small numbers may not move the clock."""
@@ -82,7 +81,7 @@ class _Run:
         self.cores = [[0.0] for _ in range(scenario.cores)]
         one_stripe = scenario.shape is not Shape.OURS
         self.stripes, fanout = (1, 2) if one_stripe else (scenario.stripes, scenario.fanout)
-        self.stripe = _stripes_of(scenario, self.stripes, self.random)
+        self.stripe = [number % self.stripes for number in range(scenario.chunks)]
         # A tree, a chain or a star has nobody else to turn to: there a second question would only be one more copy.
         self.impatient = scenario.shape is Shape.OURS or scenario.churn_per_minute > 0
         self.chunk_s = scenario.chunk_bytes / scenario.rate_bytes_s
@@ -357,21 +356,3 @@ class _Run:
             node.ended_s = self.now
             if node.node_id is not None and int.from_bytes(node.node_id) < self.scenario.nodes:
                 self.reading -= 1
-
-
-def _stripes_of(scenario: Scenario, stripes: int, chance: random.Random) -> list[int]:
-    """The stripe of each chunk that is simulated.
-
-    Chunk ids are digests: each chunk of the image falls into any stripe, the same for everybody, and stripes are unequal
-    by chance, less so the more chunks there are. Where only some are simulated, each stripe has its share of all chunks.
-    """
-    image_chunks = max(scenario.chunks, scenario.image_chunks)
-    ahead = [0.0] * stripes
-    found: list[int] = []
-    for number in range(1, image_chunks + 1):
-        ahead[stripe_of(ChunkId(chance.randbytes(4)), stripes)] += scenario.chunks / image_chunks
-        if number * scenario.chunks // image_chunks > len(found):
-            stripe = max(range(stripes), key=ahead.__getitem__)
-            ahead[stripe] -= 1
-            found.append(stripe)
-    return found

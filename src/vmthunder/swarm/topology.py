@@ -28,7 +28,7 @@ from collections.abc import Iterable, Iterator
 from typing import Final, NamedTuple
 
 from vmthunder.errors import Usage
-from vmthunder.ids import ChunkId, NodeId
+from vmthunder.ids import NodeId
 
 DEFAULT_STRIPES: Final = 16
 DEFAULT_FANOUT: Final = 17
@@ -48,11 +48,6 @@ class _Rack:
     def __init__(self, label: str) -> None:
         self.label = label
         self.members: list[NodeId] = []
-
-
-def stripe_of(chunk_id: ChunkId, stripes: int) -> int:
-    """The stripe that a chunk travels in. Chunk ids are digests, so stripes are equally full."""
-    return int.from_bytes(chunk_id[:4], "little") % stripes
 
 
 class Topology:

@@ -12,8 +12,8 @@ from collections.abc import Iterable
 from typing import Any, Final, NamedTuple, TypeAlias
 
 from vmthunder.errors import Usage
-from vmthunder.ids import DIGEST_BYTES, NODE_ID_BYTES, ChunkId, ImageId, NodeId
-from vmthunder.swarm.topology import DEFAULT_FANOUT, DEFAULT_STRIPES, Topology, stripe_of
+from vmthunder.ids import DIGEST_BYTES, NODE_ID_BYTES, ImageId, NodeId
+from vmthunder.swarm.topology import DEFAULT_FANOUT, DEFAULT_STRIPES, Topology
 
 CLUSTER: Final = ImageId(bytes(DIGEST_BYTES))
 """The swarm of all nodes that are up, whatever they read: no image has this id. Its members' ports take orders."""
@@ -148,13 +148,6 @@ class Roster:
         """The whole view."""
         members = (self.members[node] for _, rack in self.topology.racks() for node in rack)
         return Snapshot(self.version, self.topology.stripes, self.topology.fanout, tuple(members))
-
-    def sources(self, node: NodeId, chunk_id: ChunkId) -> list[Member]:
-        """Whom `node` asks for a chunk, in this order, before the origin. None while it is not in the swarm itself."""
-        if node not in self.members:
-            return []
-        ancestors = self.topology.ancestors(node, stripe_of(chunk_id, self.topology.stripes))
-        return [self.members[ancestor] for ancestor in ancestors]
 
 
 # JSON
