@@ -64,6 +64,11 @@ class Process:
         except subprocess.TimeoutExpired:
             raise Failure(f"{self.label} took longer than {timeout_s:.0f} s") from None
 
+    def kill(self) -> None:
+        """SIGKILL to it and to all that it started, at once."""
+        os.killpg(self.pid, signal.SIGKILL)
+        self._popen.wait()
+
     def stop(self) -> None:
         """End it and what it started: SIGTERM, and SIGKILL if that is not obeyed."""
         self._popen.terminate()
@@ -71,8 +76,7 @@ class Process:
             self._popen.wait(_STOP_S)
         except subprocess.TimeoutExpired:
             # Its session holds all its descendants, and its pid is ours until it is waited for.
-            os.killpg(self.pid, signal.SIGKILL)
-            self._popen.wait()
+            self.kill()
 
 
 @contextmanager

@@ -85,6 +85,13 @@ class Ranking:
         """Sources that sent a wrong byte; to be reported."""
         return frozenset(self._banned)
 
+    @property
+    def left_alone(self) -> dict[NodeId, int]:
+        """Sources that failed, or were slow, when they were asked last → how many times in a row; to be reported."""
+        return {
+            source: record.strikes for source, record in self._records.items() if source is not None and record.strikes
+        }
+
     def usable(self, source: Source, now: float) -> bool:
         """Whether a source may be asked: neither banned nor to be left alone."""
         if source is None:
