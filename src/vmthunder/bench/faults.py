@@ -26,7 +26,7 @@ from vmthunder.bench.fleet import SERVER_PORT, Server, running_server
 from vmthunder.bench.hostile import How
 from vmthunder.bench.machine import facts
 from vmthunder.bench.node import Node, publish, starting_node
-from vmthunder.bench.processes import Process
+from vmthunder.bench.processes import Process, cpu_s
 from vmthunder.bench.rows import rounded
 from vmthunder.errors import Failure, Usage
 from vmthunder.lab.cluster import Cluster
@@ -69,6 +69,8 @@ _GRACE_S = 2.0
 _TRACKER_PORT = SERVER_PORT + 1
 _IMAGE = "sample"
 _LATE_S = 300.0
+_SETTLED_S = 1.0
+_IDLE_S = 5.0
 _SEED = 7
 
 Say = Callable[[str], None]
@@ -166,7 +168,8 @@ def _measure(fault: Fault, load: Load, raw: Path, root: Path, work: Path) -> dic
             reports = _read(scene, raw, _PLAYS.get(fault, _nothing))
             sent = cluster.origin.counters().sent_bytes - before
             statuses = [node.client.status() for node in nodes]
-        return _row(fault, scene, reports, statuses, sent, bad)
+            row = _row(fault, scene, reports, statuses, sent, bad)
+            return row | {"idle_core_share": _idle_core_share(nodes)} if fault is Fault.NONE else row
     finally:
         cluster.remove()
 
@@ -183,6 +186,15 @@ def _hostile(how: How, cluster: Cluster, tracker: str, root: Path, work: Path, l
         yield log.read_text().split()[-1]
     finally:
         process.stop()
+
+
+def _idle_core_share(nodes: Sequence[Node]) -> float:
+    """Of a core that an agent uses whose image is open and that nobody reads on, on average."""
+    pids = [node.process.pid for node in nodes]
+    time.sleep(_SETTLED_S)
+    before_s, begin_s = cpu_s(pids), time.monotonic()
+    time.sleep(_IDLE_S)
+    return rounded((cpu_s(pids) - before_s) / (time.monotonic() - begin_s) / len(nodes))
 
 
 def _join(node: Node) -> None:

@@ -58,6 +58,8 @@ def faults(
     frame, sends garbage, or announces a chunk of 4 GiB. Ends with exit code 1 if a read failed or a byte was wrong. Real
     programs in network namespaces; needs root.
 
+    Beside no fault at all it also measures what an idle agent costs.
+
     "stall" is how long reads were held up after something was killed, or after it was back.
     """
     wanted = [Fault(name) for name in faults] or list(Fault)
@@ -95,3 +97,6 @@ def _show(result: dict[str, Any]) -> None:
             f"{row['nodes_that_ban_it']} / {row['nodes_that_leave_it_alone']}",
         )
     console.print(table)
+    for row in result["rows"]:
+        if "idle_core_share" in row:
+            console.print(f"an agent in a swarm that nobody reads on uses {row['idle_core_share']:.2%} of a core")

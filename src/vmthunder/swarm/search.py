@@ -13,6 +13,8 @@ from vmthunder.swarm.rank import Ranking, Source
 
 GIVE_UP_S: Final = 0.8
 """A source that has not answered for so long, and twice as long as what is late, is taken for dead."""
+GIVE_UP_TRIAL_S: Final = 0.2
+"""The same for a source that failed when it was asked last: readers that try it again must not wait as long again."""
 GIVE_UP_BACKGROUND_S: Final = 5.0
 """The same where nobody waits: an honest peer answers those first for whom somebody does."""
 
@@ -96,4 +98,5 @@ class Search:
     def _dead_s(self) -> float:
         if self._background:
             return GIVE_UP_BACKGROUND_S
-        return max(GIVE_UP_S, 2 * self._ranking.hedge_after_s(self._latest))
+        least_s = GIVE_UP_TRIAL_S if self._ranking.on_trial(self._latest) else GIVE_UP_S
+        return max(least_s, 2 * self._ranking.hedge_after_s(self._latest))
