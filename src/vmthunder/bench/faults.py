@@ -70,7 +70,7 @@ _TRACKER_PORT = SERVER_PORT + 1
 _IMAGE = "sample"
 _LATE_S = 300.0
 _SETTLED_S = 1.0
-_IDLE_S = 5.0
+_IDLE_S = 3.0
 _SEED = 7
 
 Say = Callable[[str], None]
@@ -264,7 +264,7 @@ def _kill_agents(scene: _Scene) -> None:
 
 def _every_second(scene: _Scene, kill: Callable[[], None]) -> None:
     now_s = time.monotonic()
-    end_s = now_s + scene.load.seconds - 1
+    end_s = now_s + scene.load.seconds - 0.5
     while now_s + 1 < end_s:
         time.sleep(max(0.0, now_s + 1 - time.monotonic()))
         now_s = time.monotonic()

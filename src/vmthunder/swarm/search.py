@@ -17,6 +17,8 @@ GIVE_UP_TRIAL_S: Final = 0.2
 """The same for a source that failed when it was asked last: readers that try it again must not wait as long again."""
 GIVE_UP_BACKGROUND_S: Final = 5.0
 """The same where nobody waits: an honest peer answers those first for whom somebody does."""
+_ROUNDING_S: Final = 1e-6
+"""Who waits for just as long as `patience_s` says must not be told to wait on for what was lost in rounding."""
 
 
 class Ask(NamedTuple):
@@ -64,11 +66,11 @@ class Search:
             return None
         waited_s = now - self._since
         late_s = self._dead_s() if self._background else self._ranking.hedge_after_s(self._latest)
-        return max(0.0, (late_s if waited_s < late_s else self._dead_s()) - waited_s)
+        return max(0.0, (late_s if waited_s < late_s - _ROUNDING_S else self._dead_s()) - waited_s)
 
     def late(self, now: float, size_bytes: int) -> Ask | None:
         """No answer in time: the latest source is dead, or a second one is asked beside it if so many bytes may be."""
-        if now - self._since >= self._dead_s():
+        if now - self._since >= self._dead_s() - _ROUNDING_S:
             self._ranking.failed(self._latest, now)
         elif self._background or not self._ranking.may_hedge(size_bytes):
             return None
