@@ -15,7 +15,7 @@ setup: $(VENV)/.done  ## Install the system packages that are missing, and the p
 $(VENV)/.done: pyproject.toml requirements.lock scripts/setup-system
 	scripts/setup-system
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable '.[dev,plot]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable '.[dev,openstack,plot,rivals]'
 	touch $@
 
 demo: setup  ## Publish a small Debian, boot it cold, warm, and through a kill -9 of the agent

@@ -23,7 +23,7 @@ def main() -> None:
     print("ready", flush=True)
     for seed in count(random.randrange(1 << 40)):
         data = content(seed)
-        cache.commit(ChunkId(digest(data)), data)
+        cache.commit([(ChunkId(digest(data)), data)])
         print(seed, flush=True)
 
 

@@ -3,15 +3,17 @@
 import asyncio
 import os
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
+from pathlib import Path
 
 from vmthunder.ids import ChunkId, ImageId, PackId, digest
 from vmthunder.image.chunk import encode
 from vmthunder.image.manifest import ChunkRow, Manifest, ManifestBuilder
 from vmthunder.image.pack import PackBuilder
 from vmthunder.node.cache import ChunkCache
+from vmthunder.node.segments import SEGMENT_UNITS, UNIT_BYTES
 
 CHUNK_BYTES = 4096
 
@@ -106,10 +108,36 @@ async def settled(condition: Callable[[], object], deadline_s: float = 10.0) -> 
             await asyncio.sleep(0.001)
 
 
-def make_cold(cache: ChunkCache, *ids: ChunkId) -> None:
-    """Take the files of chunks out of the page cache."""
-    for name in map(bytes.hex, ids):
-        descriptor = os.open(cache.directory / "chunks" / name[:2] / name, os.O_RDONLY)
+def make_cold(cache: ChunkCache, but: Sequence[ChunkId] = ()) -> None:
+    """Take all chunks out of the page cache: one alone may be in a folio with its neighbours. Read some again."""
+    for file in (cache.directory / "chunks").iterdir():
+        descriptor = os.open(file, os.O_RDONLY)
         os.fsync(descriptor)
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         os.close(descriptor)
+    for chunk_id in but:
+        read_alone(cache, chunk_id)
+
+
+def read_alone(cache: ChunkCache, chunk_id: ChunkId, size_bytes: int = 1 << 30) -> None:
+    """Bring a chunk, or as much of it, into the page cache, and nothing with it."""
+    file, offset, whole_bytes = place_of(cache, chunk_id)
+    descriptor = os.open(file, os.O_RDONLY)
+    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)  # no read-ahead
+    os.pread(descriptor, min(size_bytes, whole_bytes), offset)
+    os.close(descriptor)
+
+
+def place_of(cache: ChunkCache, chunk_id: ChunkId) -> tuple[Path, int, int]:
+    """The file in which a chunk of the cache is stored, its offset there and its size."""
+    found = cache._queues.find(chunk_id)
+    assert found is not None
+    place, size_bytes = found
+    return cache.directory / "chunks" / f"{place // SEGMENT_UNITS:08d}", place % SEGMENT_UNITS * UNIT_BYTES, size_bytes
+
+
+def flip(file: Path, offset: int) -> None:
+    """Damage one bit of a file."""
+    descriptor = os.open(file, os.O_RDWR)
+    os.pwrite(descriptor, bytes([os.pread(descriptor, 1, offset)[0] ^ 1]), offset)
+    os.close(descriptor)

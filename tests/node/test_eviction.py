@@ -3,7 +3,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from vmthunder.ids import ChunkId
-from vmthunder.node.eviction import _MAIN, _SIZE_MASK, CORRELATED_USES, S3Fifo
+from vmthunder.node.eviction import _CLOCK_MASK, _MAIN, _SIZE_MASK, CORRELATED_USES, Kept, S3Fifo
 
 
 def chunk(number: int) -> ChunkId:
@@ -19,8 +19,9 @@ def store(queues: S3Fifo, numbers: range, size_bytes: int = 1) -> list[ChunkId]:
             continue
         room = queues.make_room(chunk(number), size_bytes)
         assert room is not None
-        queues.add(chunk(number), size_bytes, to_main=room.to_main)
-        gone += room.evicted
+        queues.add(chunk(number), size_bytes, number, to_main=room.to_main)
+        gone += [kept.chunk_id for kept in room.evicted]
+        assert all(chunk(kept.place) == kept.chunk_id for kept in room.evicted)
     return gone
 
 
@@ -119,6 +120,36 @@ def test_a_chunk_that_was_dropped_from_small_and_came_back_to_main_has_one_place
     assert queues._small_bytes == bytes_in_small(queues)
 
 
+def test_the_order_of_the_queues_is_told_and_each_chunk_once() -> None:
+    queues = S3Fifo(100)
+    store(queues, range(100))
+    for number in (3, 95):
+        queues.remove(chunk(number))
+        store(queues, range(number, number + 1))
+    told = list(queues.in_order())
+    assert [kept.place for kept, in_main in told if in_main] == list(range(90))
+    assert [kept.place for kept, in_main in told if not in_main] == list(range(90, 100))
+    assert all((kept.place, kept.size_bytes) == queues.find(kept.chunk_id) for kept, _ in told)
+
+
+def test_what_is_stored_takes_whole_units() -> None:
+    queues = S3Fifo(1000, unit_bytes=100)
+    store(queues, range(5), size_bytes=101)
+    assert queues.used_bytes == 1000
+    assert not queues.room_in_main(1)
+    assert queues.make_room(chunk(9), 1001) is None
+
+
+def test_the_use_clock_may_go_round() -> None:
+    queues = S3Fifo(1000)
+    queues._clock = _CLOCK_MASK - 10
+    store(queues, range(100))
+    use_apart(queues, range(100))
+    assert [queues.find(chunk(number)) for number in range(100)] == [(number, 1) for number in range(100)]
+    store(queues, SCAN)
+    assert kept(queues, range(100)) == 100
+
+
 class Machine(RuleBasedStateMachine):
     """Any sequence of calls against a plain dictionary."""
 
@@ -142,15 +173,17 @@ class Machine(RuleBasedStateMachine):
         assert (room is None) == (size_bytes + sum(self.sizes.get(one, 0) for one in self.pinned) > 100)
         if room is not None:
             for gone in room.evicted:
-                assert gone not in self.pinned
-                del self.sizes[gone]
+                assert gone.chunk_id not in self.pinned
+                assert self.sizes.pop(gone.chunk_id) == gone.size_bytes
             assert sum(self.sizes.values()) + size_bytes <= 100
-            self.queues.add(chunk(number), size_bytes, to_main=room.to_main)
+            self.queues.add(chunk(number), size_bytes, number, to_main=room.to_main)
             self.sizes[chunk(number)] = size_bytes
 
     @rule(number=st.integers(0, 40))
     def remove(self, number: int) -> None:
-        assert self.queues.remove(chunk(number)) == (self.sizes.pop(chunk(number), None) is not None)
+        size_bytes = self.sizes.pop(chunk(number), None)
+        kept = None if size_bytes is None else Kept(chunk(number), number, size_bytes)
+        assert self.queues.remove(chunk(number)) == kept
 
     @rule(number=st.integers(0, 40))
     def use_apart(self, number: int) -> None:
@@ -161,7 +194,11 @@ class Machine(RuleBasedStateMachine):
         assert self.queues.used_bytes == sum(self.sizes.values())
         assert len(self.queues) == len(self.sizes)
         assert self.queues._small_bytes == bytes_in_small(self.queues)
-        assert all(self.queues.size_bytes(chunk_id) == size for chunk_id, size in self.sizes.items())
+        assert all(
+            self.queues.find(chunk(number)) == (number, size)
+            for number in range(41)
+            if (size := self.sizes.get(chunk(number)))
+        )
 
 
 Machine.TestCase.settings = settings(max_examples=60, stateful_step_count=60, deadline=None)

@@ -20,14 +20,14 @@ def cache(tmp_path: Path, image: Image) -> Iterator[ChunkCache]:
     """A cache that holds every chunk of the image."""
     cache = ChunkCache(tmp_path, 1 << 20)
     for row in image.rows(0, 32):
-        cache.commit(row.chunk_id, image.packs[row.pack][row.offset :][: row.encoded_bytes])
+        cache.commit([(row.chunk_id, image.packs[row.pack][row.offset :][: row.encoded_bytes])])
     yield cache
     cache.close()
 
 
 def test_whoever_may_not_wait_leaves_a_cold_chunk_and_all_after_it_to_others(cache: ChunkCache, image: Image) -> None:
     rows = image.rows(0, 8)
-    make_cold(cache, rows[3].chunk_id)
+    make_cold(cache, but=[row.chunk_id for row in rows[:3]])
     todo = deque(rows)
     assert list(load(cache, image.manifest, todo, wait=False).values()) == image.slices(0, 3)
     assert list(todo) == rows[3:]

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from agents import Agent, Lab, disk_bytes, errno_of, eventually, finish, output_of, python, same
+from agents import Agent, Lab, alive, disk_bytes, errno_of, eventually, finish, output_of, python, same
 from openstack_names import base_name
+from vmthunder.fuse import mounts
 
 IMAGE = "11111111-2222-3333-4444-555555555555"
 BASE_NAME = base_name(IMAGE)
@@ -187,3 +188,16 @@ def test_without_passthrough_data_goes_through_the_agent(lab: Lab, source: Path,
         assert (base / "file").stat().st_size == 1000001
     finally:
         output_of("umount", "-l", instances)
+
+
+def test_it_is_taken_out_under_a_running_guest_and_leaves_plain_files(lab: Lab, source: Path) -> None:
+    agent = nova_agent(lab)
+    path = agent.mount / BASE_NAME
+    holder = lab.holder(path)
+    output_of("cp", "--sparse=always", path, f"{path}.part")
+    output_of("mv", f"{path}.part", path)
+    output_of("umount", "--lazy", agent.mount)
+    assert not mounts.find_mount(str(agent.mount))
+    assert same(path, source) and path.stat().st_dev == agent.mount.parent.stat().st_dev
+    assert finish([holder]) == [hashlib.sha256(source.read_bytes()).hexdigest()]
+    eventually(lambda: not any(map(alive, agent.pids)), "the agent ends with the last who had an image open")

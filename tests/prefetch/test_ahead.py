@@ -72,8 +72,10 @@ def test_what_is_pinned_stays_whatever_else_is_read(lab: Lab) -> None:
     other = lab.publish("other", disk_bytes(16 << 20, seed=2))
     save_profile(lab, boot_set())
     agent = lab.agent(cache_bytes=2 << 20, decoded_bytes=0, prefetch=False)
-    run_vmthunder("precache", "debian", "--run-dir", agent.run_dir)
+    assert same(agent.path("other"), other)  # the cache is full of what came first
     run_vmthunder("pin", "debian", "--run-dir", agent.run_dir)
+    run_vmthunder("precache", "debian", "--run-dir", agent.run_dir)
+    agent.drop_page_cache()
     agent.kill_worker()  # pins are known before the cache is
     assert same(agent.path("other"), other)
     before = agent.status()["fetch"]["chunks_fetched"]

@@ -22,7 +22,7 @@ from statistics import median
 from typing import IO, Any, Final, NamedTuple
 
 from vmthunder.bench.compared import READ_BYTES
-from vmthunder.bench.fleet import SERVER_PORT, Server, running_server
+from vmthunder.bench.fleet import SERVER_PORT, Server, serving
 from vmthunder.bench.hostile import How
 from vmthunder.bench.machine import facts
 from vmthunder.bench.node import Node, publish, starting_node
@@ -143,8 +143,8 @@ def _measure(fault: Fault, load: Load, raw: Path, root: Path, work: Path) -> dic
     cluster = Cluster.create(f"faults{os.getpid()}", load.nodes, load.rate)
     try:
         with ExitStack() as stack:
-            origin = stack.enter_context(running_server(cluster, root, work, "--no-p2p"))
-            tracker = stack.enter_context(running_server(cluster, root, work, port=_TRACKER_PORT))
+            origin = stack.enter_context(serving(cluster, root, work, "--no-p2p"))
+            tracker = stack.enter_context(serving(cluster, root, work, port=_TRACKER_PORT))
             hosts = cluster.nodes
             bad = None
             if fault in _HOSTILE:

@@ -45,9 +45,7 @@ class Server:
 
 
 @contextmanager
-def running_server(
-    cluster: Cluster, root: Path, work: Path, *options: str, port: int = SERVER_PORT
-) -> Iterator[Server]:
+def serving(cluster: Cluster, root: Path, work: Path, *options: str, port: int = SERVER_PORT) -> Iterator[Server]:
     """A server for the length of a `with` block, once it serves."""
     server = Server(cluster, root, work, *options, port=port)
     try:
@@ -55,13 +53,6 @@ def running_server(
         yield server
     finally:
         server.process.stop()
-
-
-@contextmanager
-def serving(cluster: Cluster, root: Path, work: Path, *options: str) -> Iterator[str]:
-    """The URL of the one image server of a cluster."""
-    with running_server(cluster, root, work, *options) as server:
-        yield server.url
 
 
 @contextmanager

@@ -20,9 +20,9 @@ def facts() -> dict[str, str | int]:
         "python": platform.python_version(),
     }
     for program in ("qemu-system-x86_64", "qemu-nbd", "nbdkit", "nbdfuse", "fio"):
-        version = _version(program)
-        if version:
-            found[program] = version
+        said = version(program)
+        if said:
+            found[program] = said
     return found
 
 
@@ -33,10 +33,10 @@ def _cpu_model() -> str:
     return platform.machine()
 
 
-def _version(program: str) -> str | None:
-    """First line of `--version`; None where it is not installed."""
-    path = shutil.which(program)
+def version(program: str, option: str = "--version") -> str | None:
+    """First line of what it says of itself; None where it is not installed."""
+    path = shutil.which(program, path=f"{os.environ.get('PATH', '')}:/usr/sbin")
     if path is None:
         return None
-    said = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=10, check=False).stdout
-    return said.partition("\n")[0]
+    done = subprocess.run([path, option], capture_output=True, text=True, timeout=10, check=False)
+    return (done.stdout or done.stderr).partition("\n")[0]

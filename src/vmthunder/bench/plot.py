@@ -1,6 +1,6 @@
 """Pictures of benchmarks. Need the extra `plot` (matplotlib)."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,3 +51,47 @@ def plot_storm(result: Mapping[str, Any], path: Path) -> None:
     axes.legend()
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path)
+
+
+def plot_rivals(result: Mapping[str, Any], paths: Sequence[Path]) -> None:
+    """Draw the result of `bench_rivals`: time and the origin's bytes over nodes, with the bounds. Raises OSError."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+
+    figure = Figure(figsize=(11, 5.5), layout="constrained")
+    time_axes, bytes_axes = figure.subplots(1, 2)
+    by_name: dict[str, list[Mapping[str, Any]]] = {}
+    for row in result["rows"]:
+        by_name.setdefault(row["name"], []).append(row)
+    counts = sorted({row["nodes"] for row in result["rows"]})
+    for name, rows in by_name.items():
+        nodes = [row["nodes"] for row in rows]
+        ours = name.startswith("VMThunder")
+        style: dict[str, Any] = {"marker": "o" if ours else "s", "markersize": 4, "linewidth": 2.2 if ours else 1.2}
+        (line,) = time_axes.plot(nodes, [row["max_s"] for row in rows], label=name, **style)
+        # A local file sends next to nothing, which a log axis would make the subject of the picture.
+        sent = [row["origin_sent_bytes"] / 2**20 for row in rows]
+        if name != "local file":
+            bytes_axes.plot(nodes, sent, color=line.get_color(), **style)
+    bound: dict[str, Any] = {"color": "black", "linestyle": "--", "linewidth": 1}
+    if result["delta_star_s"] is not None:
+        local = by_name.get("local file", [])
+        least_s = [row["median_s"] + result["delta_star_s"] for row in local]
+        time_axes.plot([row["nodes"] for row in local], least_s, label="bound: local + Δ*", **bound)
+        bytes_axes.axhline(result["touched_bytes"] / 2**20, label="bound: what one boot touches, once", **bound)
+        bytes_axes.legend()
+    for axes in (time_axes, bytes_axes):
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_xticks(counts, [str(count) for count in counts])
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(ScalarFormatter())
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.set_xlabel(f"nodes that boot at once, links of {result['machine']['rate']}")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(visible=True, alpha=0.3)
+    time_axes.set_ylabel("seconds until the last node is ready")
+    bytes_axes.set_ylabel("MiB that the origin sent")
+    figure.legend(*time_axes.get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    for path in paths:
+        figure.savefig(path, dpi=140)

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -69,6 +70,17 @@ class Process:
         os.killpg(self.pid, signal.SIGKILL)
         self._popen.wait()
 
+    def reap(self, timeout_s: float) -> tuple[int, float]:
+        """Its exit status, and the CPU seconds of it and of what it has waited for. Raises Failure when it runs longer."""
+        killer = threading.Timer(timeout_s, self._popen.kill)
+        killer.start()
+        _, status, usage = os.wait4(self.pid, 0)
+        killer.cancel()
+        self._popen.returncode = os.waitstatus_to_exitcode(status)
+        if self._popen.returncode == -signal.SIGKILL:
+            raise Failure(f"{self.label} took longer than {timeout_s:.0f} s")
+        return self._popen.returncode, usage.ru_utime + usage.ru_stime
+
     def stop(self) -> None:
         """End it and what it started: SIGTERM, and SIGKILL if that is not obeyed."""
         self._popen.terminate()
@@ -89,12 +101,13 @@ def running(label: str, argv: Sequence[str], log: Path) -> Iterator[Process]:
         process.stop()
 
 
-def finish(label: str, argv: Sequence[str], log: Path, timeout_s: float) -> None:
-    """Run a program to its end. Raises Failure with its last line if it fails."""
+def finish(label: str, argv: Sequence[str], log: Path, timeout_s: float) -> float:
+    """Run a program to its end; returns its CPU seconds. Raises Failure with its last line if it fails."""
     with running(label, argv, log) as process:
-        code = process.wait(timeout_s)
+        code, used_s = process.reap(timeout_s)
     if code:
         raise Failure(f"{label} ended with status {code}: {process.last_line()}")
+    return used_s
 
 
 def cpu_s(pids: Iterable[int]) -> float:

@@ -15,9 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from vmthunder.bench.disk import empty_disk
 from vmthunder.bench.fleet import fleet, serving
 from vmthunder.bench.machine import facts
+from vmthunder.bench.namespaces import isolate_mounts
 from vmthunder.bench.node import publish
+from vmthunder.bench.processes import cpu_s
 from vmthunder.bench.rows import Round, medians, rounded
 from vmthunder.errors import Failure, Usage
 from vmthunder.lab.cluster import Cluster
@@ -30,6 +33,8 @@ ALONE: Final = "no peer to peer"
 CHUNK_BYTES: Final = 64 << 10
 _IMAGE = "sample"
 _READ_S = 1800.0
+_SPARE_BYTES: Final = 4 << 30
+"""Of the disk, for its own tables and our logs. It is a sparse file."""
 # Several readers per node keep enough under way that the links are the limit, not one reader's read-ahead.
 _READER = """
 import os, sys, threading
@@ -81,8 +86,9 @@ def bench_spread(
     if size_bytes < 1 << 20 or size_bytes % CHUNK_BYTES:
         raise Usage("the image has at least 1 MiB and is a multiple of 64 KiB")
     measured: list[Round] = []
-    with tempfile.TemporaryDirectory(prefix="vmthunder-bench-", dir=directory) as work_name:
-        work = Path(work_name)
+    isolate_mounts()
+    # The image, the origin's copy and one for each node, of the current round and, not deleted yet, of the last.
+    with empty_disk(directory, (2 * nodes + 3) * size_bytes + _SPARE_BYTES, say) as work:
         say(f"publishing {size_bytes >> 20} MiB of data that does not shrink")
         raw, origin = work / "disk.raw", work / "origin"
         raw.write_bytes(random.Random(1).randbytes(size_bytes))
@@ -106,13 +112,13 @@ def _measure(nodes: int, rate: Rate, size_bytes: int, origin: Path, variant: Var
     cluster = Cluster.create(f"bench{os.getpid()}", nodes, rate)
     try:
         with (
-            serving(cluster, origin, work, *variant.server) as url,
-            fleet(cluster.nodes, url, work, 2 * size_bytes, *variant.agent) as agents,
+            serving(cluster, origin, work, *variant.server) as server,
+            fleet(cluster.nodes, server.url, work, 2 * size_bytes, *variant.agent) as agents,
         ):
             paths = [Path(node.client.resolve(_IMAGE)["path"]) for node in agents]
-            before = cluster.counters()
+            before, cpu_before_s = cluster.counters(), cpu_s(node.process.pid for node in agents)
             took_s = _read_all(paths)
-            after = cluster.counters()
+            after, cpu_after_s = cluster.counters(), cpu_s(node.process.pid for node in agents)
             sent = {name: after[name].sent_bytes - before[name].sent_bytes for name in after}
             received = {name: after[name].received_bytes - before[name].received_bytes for name in after}
             status = [node.client.status()["fetch"] for node in agents]
@@ -123,6 +129,7 @@ def _measure(nodes: int, rate: Rate, size_bytes: int, origin: Path, variant: Var
                 "time_over_bound": took_s / least_s,
                 "origin_over_unique": sum(each["bytes_from_origin"] for each in status) / size_bytes,
                 "max_upload_over_download": max(sent[host.name] / received[host.name] for host in cluster.nodes),
+                "agent_cpu_s_per_gb": (cpu_after_s - cpu_before_s) / (nodes * size_bytes / 1e9),
                 "bytes_from_peers": sum(each["bytes_from_peers"] for each in status),
                 "origin_sent_bytes": sent["origin"],
             }

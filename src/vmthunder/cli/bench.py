@@ -15,6 +15,7 @@ from vmthunder.cli.main import LazyGroup
         "publish": "vmthunder.cli.bench_publish:publish",
         "storm": "vmthunder.cli.bench_storm:storm",
         "faults": "vmthunder.cli.bench_faults:faults",
+        "rivals": "vmthunder.cli.bench_rivals:rivals",
         "spread": "vmthunder.cli.bench_spread:spread",
     },
 )

@@ -58,7 +58,7 @@ def spread(
 
 
 def _show(result: dict[str, Any]) -> None:
-    table = Table("", "time s", "÷ bound", "origin ÷ image", "most sent ÷ received", "from peers")
+    table = Table("", "time s", "÷ bound", "origin ÷ image", "most sent ÷ received", "from peers", "agents' CPU s/GB")
     for row in result["rows"]:
         table.add_row(
             row["name"],
@@ -67,5 +67,6 @@ def _show(result: dict[str, Any]) -> None:
             f"{row['origin_over_unique']:.2f}",
             f"{row['max_upload_over_download']:.2f}",
             size_text(row["bytes_from_peers"]),
+            f"{row['agent_cpu_s_per_gb']:.1f}",
         )
     console.print(table)

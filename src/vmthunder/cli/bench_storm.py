@@ -6,53 +6,26 @@ from typing import Any
 import click
 from rich.table import Table
 
-from vmthunder.bench.boots import Guests, Real, Replayed
-from vmthunder.bench.guest import KINDS, GuestDisk, build_guest
 from vmthunder.bench.plot import plot_storm, require_plot
 from vmthunder.bench.storm import bench_storm
+from vmthunder.cli.bench_guests import Choose, guest_options
 from vmthunder.cli.lab import NODE_COUNTS, RATE
 from vmthunder.cli.output import console, emit, json_option, progress_console, size_text
-from vmthunder.errors import Usage
 from vmthunder.lab.shaping import Rate
-from vmthunder.vm.spec import Driver
-
-FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
 @click.command()
 @click.option("--nodes", type=NODE_COUNTS, default="8", help="Nodes that boot at once; 1,4,8,16 measures each.")
 @click.option("--rate", type=RATE, default="1gbit", help="Speed of each link, each way.")
-@click.option(
-    "--guest",
-    default="heavy",
-    metavar="KIND|FOLDER",
-    help="heavy or lean, built once by scripts/build-guest, or a folder that it made.",
-    show_default=True,
-)
-@click.option("--image", type=FILE, help="A raw disk image instead of a guest, with --trace.")
-@click.option("--trace", type=FILE, help="Replay this recording.  [default: the guest's, recorded once]")
-@click.option(
-    "--think-scale",
-    type=click.FloatRange(min=0),
-    default=0.15,
-    show_default=True,
-    help="Multiply think times: a guest recorded under emulation computes about 7 times as long as under KVM.",
-)
-@click.option("--replay/--real", "replays", default=True, help="Replay the recorded boot, or boot real guests.")
-@click.option("--driver", type=click.Choice([*map(str, Driver)]), default=Driver.UML.value, help="Of real guests.")
+@guest_options
 @click.option("--rounds", type=click.IntRange(min=1), default=1, help="Figures are medians over the rounds.")
 @click.option("--directory", type=click.Path(exists=True, file_okay=False, path_type=Path), help="Where the data goes.")
 @click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="Also draw it: FILE.svg, .png or .pdf.")
 @json_option
 def storm(
+    choose: Choose,
     nodes: list[int],
     rate: Rate,
-    guest: str,
-    image: Path | None,
-    trace: Path | None,
-    think_scale: float,
-    replays: bool,
-    driver: str,
     rounds: int,
     directory: Path | None,
     plot: Path | None,
@@ -74,27 +47,11 @@ def storm(
     """
     if plot:
         require_plot()
-    disk, guests = _guests(guest, image, trace, think_scale, None if replays else Driver(driver))
+    disk, guests = choose()
     result = bench_storm(disk, guests, nodes, rate, rounds, directory, progress_console.print)
     if plot:
         plot_storm(result, plot)
     emit(as_json, result, lambda: _show(result))
-
-
-def _guests(
-    guest: str, image: Path | None, trace: Path | None, think_scale: float, real: Driver | None
-) -> tuple[Path, Guests]:
-    say = progress_console.print
-    if image is not None:
-        if trace is None or real:
-            raise Usage("--image is replayed: name a recording of it with --trace")
-        return image, Replayed(trace, think_scale)
-    if guest in KINDS:
-        say(f"the {guest} guest is built, unless it was before")
-    found = GuestDisk.load(build_guest(guest) if guest in KINDS else Path(guest))
-    if real:
-        return found.disk, Real(found, real)
-    return found.disk, Replayed(trace or found.trace(say), think_scale)
 
 
 def _show(result: dict[str, Any]) -> None:

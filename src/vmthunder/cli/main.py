@@ -21,6 +21,7 @@ COMMANDS: Mapping[str, str] = {
     "gc": "vmthunder.cli.images:gc",
     "profile": "vmthunder.cli.profile:profile",
     "server": "vmthunder.cli.server:server",
+    "glance-sync": "vmthunder.cli.glance:glance_sync",
     "swarm": "vmthunder.cli.swarm:swarm",
     "agent": "vmthunder.cli.agent:agent",
     "nova-mount": "vmthunder.cli.nova:nova_mount",

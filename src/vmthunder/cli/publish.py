@@ -8,7 +8,7 @@ from rich.table import Table
 
 from vmthunder.cli.output import bytes_progress, console, emit, json_option, size_text
 from vmthunder.cli.sizes import BYTES
-from vmthunder.errors import NotPermitted
+from vmthunder.errors import NotPermitted, Usage
 from vmthunder.ids import image_name
 from vmthunder.image.chunk import DEFAULT_CHUNK_BYTES, DEFAULT_LEVEL, MAX_LEVEL, MIN_LEVEL, check_chunk_bytes
 from vmthunder.origin.origin import Origin
@@ -17,10 +17,12 @@ from vmthunder.publishing.publish import Published
 from vmthunder.publishing.publish import publish as publish_source
 from vmthunder.publishing.source import open_source
 
+GLANCE = "glance:"
+
 
 @click.command
 @click.argument("source")
-@click.argument("name")
+@click.argument("name", required=False)
 @click.option(
     "--origin",
     "origin_url",
@@ -49,7 +51,7 @@ from vmthunder.publishing.source import open_source
 @json_option
 def publish(
     source: str,
-    name: str,
+    name: str | None,
     origin_url: str,
     disk_format: str,
     chunk_bytes: int,
@@ -60,29 +62,38 @@ def publish(
     """Publish the disk image SOURCE under NAME.
 
     SOURCE is a raw disk, a block device, a qcow2 (with its backing files), vmdk, vhd, vhdx or vdi, or an http(s) URL
-    of one. Holes are not read, and only chunks that the origin does not have are stored. Nothing is visible until all
+    of one; or glance:ID or glance:NAME, which takes no NAME and is checked as Nova would check it.
+
+    Holes are not read, and only chunks that the origin does not have are stored. Nothing is visible until all
     of it is there; a publish that was interrupted keeps what it has stored when it is started again.
 
     Give --format raw for disks that a guest could write: it may have written a header of another format there.
     """
-    image = image_name(name)
+    if (name is None) != source.startswith(GLANCE):
+        raise Usage("an image of Glance is published as glance-ID; leave NAME out" if name else "give the image a NAME")
+    image = image_name(name) if name is not None else None
     check_chunk_bytes(chunk_bytes)
     origin = Origin.open(origin_url, create=True)
     if not origin.writable:  # said before anything is downloaded
         raise NotPermitted(f"{origin.url} can only be read; publish to the directory or bucket behind it")
     with bytes_progress() as progress:
-        task = progress.add_task("download" if "://" in source else "publish", total=None)
+        task = progress.add_task("download" if "://" in source or image is None else "publish", total=None)
 
         def watch(done: int, total: int | None) -> None:
             progress.update(task, completed=done, total=total)
 
-        with open_source(source, DiskFormat(disk_format), watch) as opened:
-            progress.reset(task, description="publish", total=opened.virtual_bytes)
-            published = asyncio.run(
-                publish_source(
-                    opened, image, origin, chunk_bytes=chunk_bytes, level=level, threads=threads, watch=watch
+        if image is None:
+            from vmthunder.cli.glance import publish_from_glance  # It takes a second to import.
+
+            published = publish_from_glance(source.removeprefix(GLANCE), origin, watch)
+        else:
+            with open_source(source, DiskFormat(disk_format), watch) as opened:
+                progress.reset(task, description="publish", total=opened.virtual_bytes)
+                published = asyncio.run(
+                    publish_source(
+                        opened, image, origin, chunk_bytes=chunk_bytes, level=level, threads=threads, watch=watch
+                    )
                 )
-            )
     value = dataclasses.asdict(published) | {"image_id": published.image_id.hex()}
     emit(as_json, value, lambda: _show(published))
 

@@ -10,6 +10,7 @@ MNT_FORCE, MNT_DETACH = 1, 2
 MCL_CURRENT, MCL_FUTURE, MCL_ONFAULT = 1, 2, 4
 _PR_SET_THP_DISABLE = 41
 _CLONE_FILES = 0x400
+_FALLOC_FL_KEEP_SIZE, _FALLOC_FL_PUNCH_HOLE = 1, 2
 _off_t = ctypes.c_int64
 
 
@@ -43,6 +44,11 @@ def mlockall(flags: int) -> None:
 def disable_huge_pages() -> None:
     """Keep this process free of transparent huge pages. Raises OSError."""
     _check(_libc.prctl(_PR_SET_THP_DISABLE, ctypes.c_ulong(1), *[ctypes.c_ulong(0)] * 3))
+
+
+def punch_hole(fd: int, offset: int, length_bytes: int) -> None:
+    """Make a hole in a file, whose size stays. Raises OSError."""
+    fallocate(fd, _FALLOC_FL_PUNCH_HOLE | _FALLOC_FL_KEEP_SIZE, offset, length_bytes)
 
 
 def unshare_files() -> None:

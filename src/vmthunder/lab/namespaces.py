@@ -21,6 +21,9 @@ NAMED: Final = Path("/run/netns")
 """Where iproute2 keeps namespaces that have a name."""
 
 _CLONE_NEWNET = 0x4000_0000  # include/uapi/linux/sched.h
+# include/uapi/linux/mount.h
+_MS_BIND = 1 << 12
+_MS_SHARED = 1 << 20
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -92,6 +95,19 @@ class NetworkNamespace:
 def remove(name: str) -> None:
     """Take a namespace's name away; the kernel frees it and its links with its last process."""
     netns.remove(name)
+
+
+def share_names() -> None:
+    """Make NAMED a shared mount, as `ip netns` does: names made in one mount namespace are then seen in others.
+
+    Raises:
+        NotPermitted: not root.
+    """
+    names = os.fsencode(NAMED)
+    NAMED.mkdir(parents=True, exist_ok=True)
+    if _libc.mount(b"none", names, None, _MS_SHARED, None):  # it is no mount yet
+        _check(_libc.mount(names, names, None, _MS_BIND, None), f"mount {NAMED}")
+        _check(_libc.mount(b"none", names, None, _MS_SHARED, None), f"share {NAMED}")
 
 
 def raise_loopback() -> None:

@@ -1,43 +1,46 @@
-"""The chunk cache of a node: one file per chunk, `chunks/HH/HEX`, whose content is the chunk's encoded bytes.
+"""The chunk cache of a node: encoded chunks in `segments`, found through `eviction`, written down in `journal`.
 
 Owns the directory and its accounting of bytes. Decides nothing about fetching, and never shows bytes that it did not
 verify.
 
-A file is written under a temporary name and renamed, without fsync: its name is the digest of its content and every
-load checks it. Whatever a kill or a power failure leaves is the chunk, or is noticed, dropped and costs a fetch. A
-file's mode is its queue in `eviction` (read-only: main) and its modification time its place there, so a restart,
-clean or not, keeps what was learned.
+Nothing is synced: a chunk is named by the digest of its content and every load checks it. A chunk is written before its
+record, and a hole is made after the record that says so. Whatever a kill or a power failure leaves is the chunk, or is
+noticed, dropped and costs a fetch. A restart, clean or not, keeps the order of the queues.
 
-Threads: every method may be called from any thread. `_lock` is held over bookkeeping only. `_commit_lock` is held
-over a whole commit, with its I/O: room is made before the write and counted as used after it, and nobody may take it
-in between.
+Threads: every method may be called from any thread. `_lock` is held over bookkeeping only. `_commit_lock` is held over a
+whole commit, with its I/O, and by nothing that a reader waits for.
 """
 
 import errno
 import fcntl
 import logging
 import os
-import stat
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
-from operator import itemgetter
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
+from typing import TypeAlias
 
-from vmthunder.errors import Conflict, Failure, NoSpace, NotPermitted, VMThunderError
-from vmthunder.ids import Buffer, ChunkId, is_hex_digest
-from vmthunder.image.chunk import MAX_CHUNK_BYTES, verify
-from vmthunder.node.eviction import S3Fifo
+from vmthunder.errors import Conflict, Failure, MissingTool, NoSpace, NotPermitted, VMThunderError
+from vmthunder.ids import Buffer, ChunkId
+from vmthunder.image.chunk import verify
+from vmthunder.node.eviction import Kept, S3Fifo
+from vmthunder.node.journal import Journal, Kind, Record
+from vmthunder.node.segments import UNIT_BYTES, Extent, Segments
 
 logger = logging.getLogger(__name__)
 
-_IN_MAIN = 0o400
-_IN_SMALL = 0o600
 LOCK_TIMEOUT_S = 5.0
 """A worker that is killed gives up its lock a moment after its successor was started."""
 QUIET_S = 10.0
 """A disk that stored everything for so long is well again: a nearly full one still takes a small chunk now and then."""
+_HOLES_AGAIN = 1024
+"""A kill may come between a record and its hole: so many are made once more at the next start."""
+
+Encoded: TypeAlias = tuple[ChunkId, Buffer]
+"""A chunk's id and its encoded bytes."""
 
 
 class _Scratch(threading.local):
@@ -52,11 +55,12 @@ class _Scratch(threading.local):
 
 
 class ChunkCache:
-    """Chunk files within a quota of bytes.
+    """Chunks within a quota of bytes.
 
     Raises:
         Conflict: another agent uses the directory.
         NotPermitted, NoSpace: it cannot be made.
+        MissingTool: its file system cannot make holes.
     """
 
     def __init__(
@@ -69,64 +73,80 @@ class ChunkCache:
     ) -> None:
         self.directory = directory
         self.corrupt = 0
-        """Files that did not hold the chunk they are named for."""
+        """Places that did not hold the chunk that they should."""
         self.evicted = 0
         self.uncached = 0
         """Chunks that could not be stored."""
-        self._queues = S3Fifo(quota_bytes)
+        self._queues = S3Fifo(quota_bytes, UNIT_BYTES)
         self._lock = threading.Lock()
         self._commit_lock = threading.Lock()
+        self._dropped: deque[Kept] = deque()
+        """Removed, but not from the disk: the next commit does that, as whoever drops may not wait."""
         self._clock = clock
         self._refused_since_s: float | None = None
         self._refused_last_s = 0.0
         self._scratch = _Scratch()
+        self._close = ExitStack()
         try:
             (directory / "chunks").mkdir(parents=True, exist_ok=True)
-            (directory / "chunks" / "tmp").mkdir(exist_ok=True)
-            for prefix in range(256):
-                (directory / "chunks" / f"{prefix:02x}").mkdir(exist_ok=True)
-            self._lock_fd = _take(directory / "lock", lock_timeout_s)
+            self._close.callback(os.close, _take(directory / "lock", lock_timeout_s))
+            chunks_fd = os.open(directory / "chunks", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            self._close.callback(os.close, chunks_fd)
+            self._journal = Journal(chunks_fd)
+            self._segments = Segments(chunks_fd)
         except OSError as error:
+            self._close.close()
             raise _said(error, f"chunk cache {directory} cannot be used: {error.strerror}") from None
-        self._fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except MissingTool as error:
+            self._close.close()
+            raise MissingTool(
+                f"chunk cache {directory} cannot be used: {error}; use ext4, XFS, Btrfs or tmpfs"
+            ) from None
 
     def close(self) -> None:
-        """Give up the directory. No method may be called any more."""
-        os.close(self._fd)
-        os.close(self._lock_fd)
+        """Write down what was dropped, and give up the directory. No method may be called any more."""
+        with self._commit_lock, suppress(OSError):
+            self._let_go(())
+        self._journal.close()
+        self._segments.close()
+        self._close.close()
 
     def recover(self) -> None:
-        """Find out what is here, remove the litter of a crash. Call once, before anything else."""
-        for entry in os.scandir(self.directory / "chunks" / "tmp"):
-            self._unlink(f"chunks/tmp/{entry.name}")
-        main: list[tuple[int, ChunkId, int]] = []
-        small: list[tuple[int, ChunkId, int]] = []
-        strangers: list[str] = []
-        for prefix in (f"{number:02x}" for number in range(256)):
-            for entry in os.scandir(self.directory / "chunks" / prefix):
-                name, info = entry.name, entry.stat(follow_symlinks=False)
-                if not (stat.S_ISREG(info.st_mode) and is_hex_digest(name) and name.startswith(prefix)):
-                    strangers.append(entry.path)
-                    continue
-                chunk_id = ChunkId(bytes.fromhex(name))
-                if not 0 < info.st_size <= MAX_CHUNK_BYTES:
-                    self.corrupt += 1
-                    self._unlink(_place(chunk_id))
-                    continue
-                queue = small if info.st_mode & stat.S_IWUSR else main
-                queue.append((info.st_mtime_ns, chunk_id, info.st_size))
-        if strangers:
-            logger.warning("chunk cache: left alone what is not ours: count=%d first=%s", len(strangers), strangers[0])
-        for queue in (main, small):
-            queue.sort(key=itemgetter(0))  # in the order in which it was filled
-            for _, chunk_id, size_bytes in queue:
-                room = self._queues.make_room(chunk_id, size_bytes)
+        """Find out what is here, remove the litter of a crash. Call once, before anything else.
+
+        Raises:
+            NotPermitted, NoSpace, Failure: the directory cannot be used.
+        """
+        try:
+            self._recover()
+        except OSError as error:
+            raise _said(error, f"chunk cache {self.directory} cannot be used: {error.strerror}") from None
+
+    def _recover(self) -> None:
+        live: dict[ChunkId, Record] = {}
+        holes: deque[Extent] = deque(maxlen=_HOLES_AGAIN)
+        tail = 0
+        for record in self._journal.read():
+            # Taken out first: a chunk that came back is now the newest in its queue.
+            before = live.pop(record.chunk_id, None)
+            if record.kind is not Kind.GONE:
+                live[record.chunk_id] = record
+                tail = max(tail, record.extent.end)
+            elif before is not None:
+                holes.append(before.extent)
+        for kind in (Kind.MAIN, Kind.SMALL):
+            for record in [record for record in live.values() if record.kind is kind]:
+                place, size_bytes = record.extent
+                room = self._queues.make_room(record.chunk_id, size_bytes)
                 if room is None:
-                    self._unlink(_place(chunk_id))
+                    self._dropped.append(Kept(record.chunk_id, place, size_bytes))
                     continue
-                for victim in room.evicted:
-                    self._unlink(_place(victim))
-                self._queues.add(chunk_id, size_bytes, to_main=room.to_main)
+                self._dropped.extend(room.evicted)
+                self._queues.add(record.chunk_id, size_bytes, place, to_main=room.to_main)
+        self._segments.free(holes)
+        self._segments.recover((record.extent for record in live.values()), tail)
+        self._let_go(())
+        self._compact()
 
     def __contains__(self, chunk_id: ChunkId) -> bool:
         return chunk_id in self._queues
@@ -148,62 +168,64 @@ class ChunkCache:
     def load(self, chunk_id: ChunkId, *, wait: bool = True) -> memoryview | None:
         """The chunk's encoded bytes, verified; None where it is not here. Valid until this thread's next load.
 
-        With `wait` false, None also where the kernel would have to read from the disk. A file with wrong bytes is
-        counted and removed.
+        With `wait` false, None also where the kernel would have to read from the disk. A place with wrong bytes is
+        counted, and the chunk dropped.
         """
-        size_bytes = self._queues.size_bytes(chunk_id)
-        if size_bytes is None:
+        found = self._queues.find(chunk_id)
+        if found is None:
             return None
+        place, size_bytes = found
+        view = self._scratch.view(size_bytes)
         try:
-            # One byte more than there should be: a file that has grown is noticed too.
-            data = self._read(chunk_id, size_bytes + 1, 0 if wait else os.RWF_NOWAIT)
-        except FileNotFoundError:
-            self._forget(chunk_id)
-            return None
+            read_bytes = self._segments.read(place, view, 0 if wait else os.RWF_NOWAIT)
         except OSError as error:
             if not wait and error.errno in {errno.EAGAIN, errno.EOPNOTSUPP}:
                 return None
             logger.warning("chunk cache: dropped what cannot be read: chunk=%s error=%s", chunk_id.hex(), error)
             self.drop(chunk_id)
             return None
-        if len(data) == size_bytes and verify(chunk_id, data):
+        if read_bytes == size_bytes and verify(chunk_id, view):
             self.touch(chunk_id)
-            return data
-        if not wait and len(data) < size_bytes:
+            return view
+        if not wait and read_bytes < size_bytes:
             return None  # the rest is not in the page cache
-        logger.warning("chunk cache: dropped a file with wrong bytes: chunk=%s", chunk_id.hex())
+        with self._lock:
+            if self._queues.find(chunk_id) != found:
+                return None  # let go while it was read
+            self._drop(chunk_id)
         self.corrupt += 1
-        self.drop(chunk_id)
+        logger.warning("chunk cache: dropped wrong bytes: chunk=%s", chunk_id.hex())
         return None
 
     def drop(self, chunk_id: ChunkId) -> None:
         """Remove a chunk."""
-        self._forget(chunk_id)
-        self._unlink(_place(chunk_id))
+        with self._lock:
+            self._drop(chunk_id)
 
-    def commit(self, chunk_id: ChunkId, data: Buffer) -> None:
-        """Store a chunk's encoded bytes, which the caller has verified.
+    def commit(self, chunks: Sequence[Encoded]) -> None:
+        """Store encoded chunks, which the caller has verified.
 
-        A file system that refuses costs no more than the chunk: it stays uncached, the log says so once.
+        A file system that refuses costs no more than the chunks: they stay uncached, the log says so once.
         """
         with self._commit_lock:
-            if chunk_id in self._queues:
-                return
             with self._lock:
-                room = self._queues.make_room(chunk_id, len(data))
-            if room is None:
-                self.uncached += 1
-                return
-            for victim in room.evicted:
-                self._unlink(_place(victim))
-            self.evicted += len(room.evicted)
+                # A chunk that was dropped is not among those that are here, and by now among those to be written down:
+                # that record must come before the one that says where it is now.
+                fresh = list({one[0]: one for one in chunks if one[0] not in self._queues}.values())
+                together = self._queues.room_in_main(sum(self._queues.space_bytes(len(data)) for _, data in fresh))
             try:
-                self._write(chunk_id, data, _IN_MAIN if room.to_main else _IN_SMALL)
+                self._let_go(())
+                if together:
+                    self._store(fresh, to_main=True)
+                else:
+                    while fresh:
+                        self._make_room_and_store(fresh[0])
+                        del fresh[0]
+                if self._journal.wasteful(len(self._queues)):
+                    self._compact()
             except OSError as error:
-                self._refused(error)
+                self._refused(error, len(fresh))
                 return
-            with self._lock:
-                self._queues.add(chunk_id, len(data), to_main=room.to_main)
             if self._refused_since_s is not None and self._clock() - self._refused_last_s >= QUIET_S:
                 logger.warning("chunk cache: stores chunks again: after_s=%.1f", self._clock() - self._refused_since_s)
                 self._refused_since_s = None
@@ -219,55 +241,61 @@ class ChunkCache:
             "uncached": self.uncached,
         }
 
-    def _read(self, chunk_id: ChunkId, size_bytes: int, flags: int) -> memoryview:
-        descriptor = os.open(_place(chunk_id), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=self._fd)
-        try:
-            view = self._scratch.view(size_bytes)
-            return view[: os.preadv(descriptor, (view,), 0, flags)]
-        finally:
-            os.close(descriptor)
+    def _make_room_and_store(self, chunk: Encoded) -> None:
+        chunk_id, data = chunk
+        with self._lock:
+            room = self._queues.make_room(chunk_id, len(data))
+        if room is None:
+            self.uncached += 1
+            return
+        self.evicted += len(room.evicted)
+        self._let_go(room.evicted)
+        self._store([chunk], to_main=room.to_main)
 
-    def _write(self, chunk_id: ChunkId, data: Buffer, mode: int) -> None:
-        place = _place(chunk_id)
-        temporary = f"chunks/tmp/{place[-64:]}"
-        try:
-            flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
-            descriptor = os.open(temporary, flags, mode, dir_fd=self._fd)
-            try:
-                view = memoryview(data)
-                while view:  # a disk that fills up takes a part first
-                    view = view[os.write(descriptor, view) :]
-                # The kernel's own stamp is as coarse as its timer: a hundred chunks of one tick would lose their order.
-                now_ns = time.time_ns()
-                os.utime(descriptor, ns=(now_ns, now_ns))
-            finally:
-                os.close(descriptor)
-            os.rename(temporary, place, src_dir_fd=self._fd, dst_dir_fd=self._fd)
-        except OSError:
-            self._unlink(temporary)
-            raise
+    def _store(self, chunks: Sequence[Encoded], *, to_main: bool) -> None:
+        extents = self._segments.append([data for _, data in chunks])
+        kind = Kind.MAIN if to_main else Kind.SMALL
+        stored = [(chunk_id, extent) for (chunk_id, _), extent in zip(chunks, extents, strict=True)]
+        self._journal.append(Record(kind, chunk_id, extent) for chunk_id, extent in stored)
+        with self._lock:
+            for chunk_id, extent in stored:
+                self._queues.add(chunk_id, extent.size_bytes, extent.place, to_main=to_main)
 
-    def _refused(self, error: OSError) -> None:
-        self.uncached += 1
+    def _let_go(self, evicted: Iterable[Kept]) -> None:
+        """Take chunks from the disk that the queues have let go."""
+        self._dropped.extend(evicted)
+        gone = list(self._dropped)
+        extents = [Extent(kept.place, kept.size_bytes) for kept in gone]
+        self._journal.append(
+            Record(Kind.GONE, kept.chunk_id, extent) for kept, extent in zip(gone, extents, strict=True)
+        )
+        for _ in gone:
+            self._dropped.popleft()
+        self._segments.free(extents)
+
+    def _compact(self) -> None:
+        """Rewrite the journal if most of it is history."""
+        if self._journal.wasteful(len(self._queues)):
+            with self._lock:
+                kept = self._queues.in_order()
+            self._journal.rewrite(
+                Record(Kind.MAIN if in_main else Kind.SMALL, one.chunk_id, Extent(one.place, one.size_bytes))
+                for one, in_main in kept
+            )
+
+    def _drop(self, chunk_id: ChunkId) -> None:
+        kept = self._queues.remove(chunk_id)
+        if kept is not None:
+            self._dropped.append(kept)
+
+    def _refused(self, error: OSError, chunks: int) -> None:
+        self.uncached += chunks
         self._refused_last_s = self._clock()
         if self._refused_since_s is None:
             self._refused_since_s = self._refused_last_s
             logger.error(
                 "chunk cache: cannot store chunks, reads go on without: directory=%s error=%s", self.directory, error
             )
-
-    def _forget(self, chunk_id: ChunkId) -> None:
-        with self._lock:
-            self._queues.remove(chunk_id)
-
-    def _unlink(self, place: str) -> None:
-        with suppress(OSError):  # not there, or stays and is found by the next recover
-            os.unlink(place, dir_fd=self._fd)
-
-
-def _place(chunk_id: ChunkId) -> str:
-    name = chunk_id.hex()
-    return f"chunks/{name[:2]}/{name}"
 
 
 def _take(path: Path, timeout_s: float) -> int:

@@ -23,17 +23,16 @@ from vmthunder.errors import CorruptChunk, OriginUnavailable, VMThunderError
 from vmthunder.ids import Buffer, ChunkId, NodeId
 from vmthunder.image.manifest import ChunkRow, Manifest
 from vmthunder.node.backoff import delay_s
-from vmthunder.node.cache import ChunkCache
+from vmthunder.node.cache import ChunkCache, Encoded
 from vmthunder.node.decoded import DecodedChunks, Want
-from vmthunder.node.flight import Flight, Outcome, load, slice_of, store, unpack, want_of
+from vmthunder.node.flight import Flight, Outcome, load, slice_of, unpack, want_of
 from vmthunder.node.source import ChunkSource, Delivery
+from vmthunder.node.storer import Storer
 from vmthunder.node.turns import Errand
 from vmthunder.peer.frames import Priority
 
 logger = logging.getLogger(__name__)
 
-MAX_UNSTORED_BYTES = 32 << 20
-"""Encoded bytes in memory that wait for the disk."""
 LOADERS = 4
 """Threads that load, verify and decode what must be waited for."""
 ALONE_CHUNKS = 3
@@ -95,12 +94,9 @@ class Fetcher:
         self._loop = asyncio.get_running_loop()
         self._helper = ThreadPoolExecutor(1, "decode")
         self._loaders = ThreadPoolExecutor(LOADERS, "load")
-        self._storer = ThreadPoolExecutor(1, "store")
+        self._storer = Storer(cache)
         self._flights: dict[Want, Flight] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        self._unstored_bytes = 0
-        self._room = asyncio.Event()
-        self._room.set()
         self._away_since_s: float | None = None
         self._answered = asyncio.Event()
         """Set and cleared when a source answers after failures: those who wait for their next try need not."""
@@ -110,8 +106,9 @@ class Fetcher:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        for pool in (self._helper, self._loaders, self._storer):
+        for pool in (self._helper, self._loaders):
             await asyncio.to_thread(pool.shutdown)
+        await self._storer.close()
 
     def read_now(self, image: Manifest, rows: Sequence[ChunkRow]) -> list[Buffer] | None:
         """The slices of `rows`, if nothing must be waited for; else None, and `read` has them.
@@ -335,27 +332,31 @@ class Fetcher:
         while True:
             if flight.failures:
                 await self._pause(flight.failures)
-            await self._room.wait()
+            await self._storer.room.wait()
+            asked_s = self._clock()
             try:
                 deliveries = await self._source.fetch(flight.image, flight.rows, flight.errand)
             except (VMThunderError, OSError) as error:
                 self._failed(flight, error)
                 continue
             break
-        self._recovered()
-        outcomes = await self._loop.run_in_executor(self._loaders, unpack, flight.image, flight.rows, deliveries)
-        right: list[tuple[ChunkRow, Buffer]] = []
+        self._recovered(asked_s)
+        if len(deliveries) <= ALONE_CHUNKS:
+            outcomes = unpack(flight.image, flight.rows, deliveries)
+        else:
+            outcomes = await self._loop.run_in_executor(self._loaders, unpack, flight.image, flight.rows, deliveries)
+        right: list[Encoded] = []
         for row, delivery in zip(flight.rows, deliveries, strict=True):
             if want_of(flight.image, row) in outcomes:
-                right.append((row, delivery.data))
+                right.append((row.chunk_id, delivery.data))
             else:
                 self._distrust(flight, row, delivery.source)
             self.stats.count(delivery)
         self.stats.chunks_fetched += len(right)
-        flight.encoded = {row.chunk_id: data for row, data in right}
+        flight.encoded = dict(right)
         self._remember(outcomes)
         self._land(flight, outcomes)
-        await self._store(right)
+        await self._storer.store(right)
 
     def _hurried(self, flight: Flight) -> None:
         flight.since_s = self._clock()
@@ -369,19 +370,6 @@ class Fetcher:
 
     def _calm(self, _landed: "asyncio.Future[None]") -> None:
         self.urgent -= 1
-
-    async def _store(self, chunks: Sequence[tuple[ChunkRow, Buffer]]) -> None:
-        """Into the chunk cache. What waits for a slow disk has a bound: no more is fetched while it is exceeded."""
-        size_bytes = sum(row.encoded_bytes for row, _ in chunks)
-        self._unstored_bytes += size_bytes
-        if self._unstored_bytes > MAX_UNSTORED_BYTES:
-            self._room.clear()
-        try:
-            await self._loop.run_in_executor(self._storer, store, self._cache, chunks)
-        finally:
-            self._unstored_bytes -= size_bytes
-            if self._unstored_bytes <= MAX_UNSTORED_BYTES:
-                self._room.set()
 
     async def _pause(self, failures: int) -> None:
         """Wait for the next try; shorter when somebody else got an answer after an outage."""
@@ -416,8 +404,9 @@ class Fetcher:
             logger.error("origin is away, reads wait for it: error=%s", why)
         flight.why = why
 
-    def _recovered(self) -> None:
-        if self._away_since_s is not None:
+    def _recovered(self, asked_s: float) -> None:
+        # What was asked before the outage may have been on its way when it began.
+        if self._away_since_s is not None and asked_s >= self._away_since_s:
             logger.warning("origin is back: after_s=%.1f", self._clock() - self._away_since_s)
             self._away_since_s = None
             self._answered.set()

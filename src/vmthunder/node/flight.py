@@ -89,12 +89,6 @@ def unpack(image: Manifest, rows: Sequence[ChunkRow], deliveries: Sequence[Deliv
     return outcomes
 
 
-def store(cache: ChunkCache, chunks: Sequence[tuple[ChunkRow, Buffer]]) -> None:
-    """Verified chunks into the cache."""
-    for row, data in chunks:
-        cache.commit(row.chunk_id, data)
-
-
 def _decoded(data: Buffer, want: Want) -> Outcome:
     """The slice in memory of its own: a raw chunk is a view of a buffer that will be used again."""
     chunk_id, slice_bytes = want

@@ -63,6 +63,8 @@ class RealFiles:
         """Set once there is a session, if the kernel has passthrough."""
         if resume:
             self._load()
+        else:
+            self._save()  # Another mount's must not be found here by our successor.
 
     def close(self) -> None:
         self._threads.shutdown(wait=False)

@@ -20,6 +20,9 @@ from vmthunder.errors import Failure, NoSpace, NotFound, NotPermitted, VMThunder
 Watch: TypeAlias = Callable[[int, int | None], None]
 """Called with bytes done and bytes in all; None where the server does not say."""
 
+Fetch: TypeAlias = Callable[[str, int, Watch | None], None]
+"""Writes what a label names to a descriptor."""
+
 TIMEOUT_S: Final = 60.0
 """Without a byte from the server."""
 STEP_BYTES: Final = 1 << 20
@@ -28,10 +31,10 @@ _ZEROS: Final = bytes(_HOLE_BYTES)
 
 
 @contextlib.contextmanager
-def downloaded(url: str, watch: Watch | None = None) -> Iterator[int]:
+def downloaded(url: str, watch: Watch | None = None, fetch: Fetch | None = None) -> Iterator[int]:
     """A descriptor of the downloaded file, until the end of the `with`.
 
-    The file lies in $TMPDIR or /var/tmp; zeros become holes.
+    `fetch` brings it instead of HTTP. The file lies in $TMPDIR or /var/tmp; zeros become holes.
 
     Raises:
         NotFound, NotPermitted, Failure: the server says so, or breaks off.
@@ -45,7 +48,7 @@ def downloaded(url: str, watch: Watch | None = None) -> Iterator[int]:
         raise NotPermitted(f"{url} needs a temporary file in {directory}: {error.strerror}; set TMPDIR") from None
     with file:
         try:
-            _fetch(url, file.fileno(), watch)
+            (fetch or _fetch)(url, file.fileno(), watch)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise NoSpace(
@@ -67,16 +70,21 @@ def _fetch(url: str, fd: int, watch: Watch | None) -> None:
         buffer = memoryview(bytearray(STEP_BYTES))
         done = 0
         while count := response.readinto(buffer):
-            for at in range(0, count, _HOLE_BYTES):
-                part = buffer[at : min(at + _HOLE_BYTES, count)]
-                if not _ZEROS.startswith(part):
-                    _write(fd, part, done + at)
+            write_sparsely(fd, buffer[:count], done)
             done += count
             if watch is not None:
                 watch(done, total)
         if total is not None and done != total:
             raise Failure(f"{url} broke off after {done} of {total} bytes; try again")
         os.ftruncate(fd, done)  # the last bytes may be a hole
+
+
+def write_sparsely(fd: int, data: memoryview, offset: int) -> None:
+    """Write what is not zero; the rest stays a hole. Raises OSError."""
+    for at in range(0, len(data), _HOLE_BYTES):
+        part = data[at : at + _HOLE_BYTES]
+        if not _ZEROS.startswith(part):
+            _write(fd, part, offset + at)
 
 
 def _write(fd: int, data: memoryview, offset: int) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Final
 
 from vmthunder.errors import Conflict, Failure, NotFound, NotPermitted, Usage, VMThunderError
-from vmthunder.publishing.download import Watch, downloaded
+from vmthunder.publishing.download import Fetch, Watch, downloaded
 from vmthunder.publishing.formats import DiskFormat, fixed_vhd_bytes, parts, refuse_references, refuse_written, sniff
 from vmthunder.publishing.qemu_export import Export, exported
 
@@ -116,24 +116,27 @@ class Witness:
 
 
 @contextlib.contextmanager
-def open_source(text: str, asked: DiskFormat = DiskFormat.AUTO, watch: Watch | None = None) -> Iterator[Source]:
+def open_source(
+    text: str, asked: DiskFormat = DiskFormat.AUTO, watch: Watch | None = None, fetch: Fetch | None = None
+) -> Iterator[Source]:
     """Open a path or an http(s) URL of a disk image, until the end of the `with`. Call it from the main thread.
 
     Args:
         text: what the operator wrote.
         asked: the format, or AUTO to look.
         watch: called with bytes done and bytes in all (None: unknown) while a URL is downloaded.
+        fetch: brings what `text` names, if that is neither a path nor a URL.
 
     Raises:
         NotFound, NotPermitted, Usage, Conflict, CorruptFile, MissingTool, NoSpace, Failure
     """
-    remote = text.startswith(("http://", "https://"))
+    remote = fetch is not None or text.startswith(("http://", "https://"))
     if "://" in text and not remote:
         raise Usage(f"{text}: a source is a file, a block device or an http(s) URL")
     with contextlib.ExitStack() as cleanup:
         if remote:
             label = text
-            fd = cleanup.enter_context(downloaded(text, watch))
+            fd = cleanup.enter_context(downloaded(text, watch, fetch))
             path = f"/proc/self/fd/{fd}"
         else:
             label = path = str(Path.cwd() / text)
