@@ -32,13 +32,16 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Rows:
         f"--directory={work}",
         "--json",
     )
-    done = subprocess.run(
-        [*VMTHUNDER, "bench", "faults", *options], capture_output=True, text=True, timeout=240, check=False
-    )
-    assert done.returncode == 0, done.stderr + done.stdout
+    command = [*VMTHUNDER, "bench", "faults", *options]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as bench:
+        try:
+            output, errors = bench.communicate(timeout=170)
+        finally:
+            bench.kill()
+    assert bench.returncode == 0, errors + output
     assert list(work.iterdir()) == []
-    assert not [name for name in clusters() if name.startswith("faults")]
-    return {row["name"]: row for row in json.loads(done.stdout.splitlines()[-1])["rows"]}
+    assert f"faults{bench.pid}" not in clusters()
+    return {row["name"]: row for row in json.loads(output.splitlines()[-1])["rows"]}
 
 
 @needs_root
