@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from conftest import VMTHUNDER
-from vmthunder.bench.faults import READS_S, Event, Fault, Load, quantile, stall_s
+from vmthunder.bench.faults import READS_S, Event, Fault, Load, quantile, stall_s, stalls
 from vmthunder.errors import Usage
 from vmthunder.lab.cluster import clusters
 from vmthunder.lab.shaping import Rate
@@ -69,9 +69,10 @@ def test_a_peer_that_does_not_deliver_is_left_alone_and_named_by_status(rows: Ro
 
 @needs_root
 def test_nobody_waits_long_for_a_parent_that_is_dead(rows: Rows) -> None:
-    row = rows[Fault.AGENTS.value]
-    assert row["events"] >= 1
-    assert row["stall_p99_s"] <= 1
+    for fault in (Fault.AGENTS, Fault.WORKERS):
+        assert rows[fault.value]["events"] >= 1
+        assert rows[fault.value]["stall_p99_s"] <= 1
+    assert rows[Fault.WORKERS.value]["own_stall_max_s"] > 0
 
 
 @needs_root
@@ -103,6 +104,14 @@ def test_a_stall_counts_from_the_end_of_what_caused_it() -> None:
     assert stall_s(Event(2.0, 6.0), reads) == 3.0
     assert stall_s(Event(2.0, 2.0), reads[:1]) == 0.0
     assert stall_s(Event(4.5, 4.5), reads[2:3]) == 2.5  # began shortly after, and late because of it
+
+
+def test_what_a_node_waits_for_its_own_worker_is_counted_apart() -> None:
+    killed = Event(5.0, 5.0, hit=[0])
+    hit, other = [(4.9, 7.0), (7.0, 7.1)], [(4.9, 5.2), (5.2, 5.3)]
+    others, own = stalls([killed, Event(6.0, 6.0)], [hit, other])
+    assert own == [2.0]
+    assert others == pytest.approx([0.0, 0.1, 0.2])
 
 
 def test_quantiles_are_of_values_that_were_measured() -> None:

@@ -8,18 +8,19 @@ one that waits for its chunk.
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import IO, Any, Final, NamedTuple
+from typing import IO, Any, Final, NamedTuple, TypeAlias
 
 from vmthunder.bench.compared import READ_BYTES
 from vmthunder.bench.fleet import SERVER_PORT, Server, serving
@@ -74,6 +75,8 @@ _IDLE_S = 3.0
 _SEED = 7
 
 Say = Callable[[str], None]
+Read: TypeAlias = Sequence[float]
+"""Of one reader: when it asked, and when it was answered."""
 
 
 class Event(NamedTuple):
@@ -81,6 +84,8 @@ class Event(NamedTuple):
 
     begin_s: float
     end_s: float
+    hit: Collection[int] = ()
+    """Numbers of the readers whose own node it was."""
 
 
 @dataclass(frozen=True)
@@ -243,9 +248,12 @@ def _kill_workers(scene: _Scene) -> None:
     count = max(1, round(_KILLED_SHARE * len(scene.readers)))
     rng = random.Random(_SEED)
 
-    def kill() -> None:
-        for node in rng.sample(scene.readers, count):
-            os.kill(node.client.status()["pid"], 9)
+    def kill() -> Collection[int]:
+        hit = rng.sample(range(len(scene.readers)), count)
+        for number in hit:
+            scene.readers[number].wait()  # it may have been hit just now
+            os.kill(scene.readers[number].client.status()["pid"], signal.SIGKILL)
+        return hit
 
     _every_second(scene, kill)
 
@@ -253,23 +261,24 @@ def _kill_workers(scene: _Scene) -> None:
 def _kill_agents(scene: _Scene) -> None:
     rng = random.Random(_SEED)
 
-    def kill() -> None:
+    def kill() -> Collection[int]:
         node = rng.choice(scene.idle)
         node.kill_and_start()
         node.wait()
         _join(node)
+        return ()
 
     _every_second(scene, kill)
 
 
-def _every_second(scene: _Scene, kill: Callable[[], None]) -> None:
+def _every_second(scene: _Scene, kill: Callable[[], Collection[int]]) -> None:
+    """`kill` says which readers' nodes were hit."""
     now_s = time.monotonic()
     end_s = now_s + scene.load.seconds - 0.5
     while now_s + 1 < end_s:
         time.sleep(max(0.0, now_s + 1 - time.monotonic()))
         now_s = time.monotonic()
-        scene.events.append(Event(now_s, now_s))
-        kill()
+        scene.events.append(Event(now_s, now_s, kill()))
 
 
 def _away(scene: _Scene, begin: Callable[[], None], end: Callable[[], None]) -> None:
@@ -316,7 +325,7 @@ def _row(
     bad: str | None,
 ) -> dict[str, Any]:
     took = sorted(end_s - begin_s for report in reports for begin_s, end_s in report["reads"])
-    stalls = sorted(stall_s(event, report["reads"]) for event in scene.events for report in reports)
+    held_up, own = stalls(scene.events, [report["reads"] for report in reports])
     first = next((report["first"] for report in reports if report["first"]), None)
     row: dict[str, Any] = {
         "name": fault.value,
@@ -328,8 +337,9 @@ def _row(
         "p99_s": rounded(quantile(took, 0.99)),
         "max_s": rounded(took[-1]),
         "events": len(scene.events),
-        "stall_p99_s": rounded(quantile(stalls, 0.99)) if stalls else None,
-        "stall_max_s": rounded(stalls[-1]) if stalls else None,
+        "stall_p99_s": rounded(quantile(held_up, 0.99)) if held_up else None,
+        "stall_max_s": rounded(held_up[-1]) if held_up else None,
+        "own_stall_max_s": rounded(own[-1]) if own else None,
         "origin_over_unique": rounded(sent_bytes / scene.load.size_bytes),
     }
     peers = [status["swarm"]["peers"] for status in statuses]
@@ -340,16 +350,27 @@ def _row(
     return row
 
 
-def stall_s(event: Event, reads: Iterable[Sequence[float]]) -> float:
+def stalls(events: Sequence[Event], readers: Sequence[Sequence[Read]]) -> tuple[list[float], list[float]]:
+    """What each event cost each reader, in ascending order: those on other nodes, and those whose own node it was."""
+    others: list[float] = []
+    own: list[float] = []
+    for number, reads in enumerate(readers):
+        mine = [event for event in events if number in event.hit]
+        own += (stall_s(event, reads) for event in mine)
+        # A read that waits for its own node says nothing of what else happens meanwhile.
+        rest = [read for read in reads if not any(_may_be_late(read, event) for event in mine)]
+        others += (stall_s(event, rest) for event in events if number not in event.hit)
+    return sorted(others), sorted(own)
+
+
+def _may_be_late(read: Read, event: Event) -> bool:
+    begin_s, end_s = read
+    return begin_s < event.end_s + _GRACE_S and end_s > event.end_s
+
+
+def stall_s(event: Event, reads: Iterable[Read]) -> float:
     """How long the slowest read that an event may have held up took, counted from the end of the event."""
-    return max(
-        (
-            end_s - max(begin_s, event.end_s)
-            for begin_s, end_s in reads
-            if begin_s < event.end_s + _GRACE_S and end_s > event.end_s
-        ),
-        default=0.0,
-    )
+    return max((read[1] - max(read[0], event.end_s) for read in reads if _may_be_late(read, event)), default=0.0)
 
 
 def quantile(ordered: Sequence[float], share: float) -> float:

@@ -60,7 +60,8 @@ def faults(
 
     Beside no fault at all it also measures what an idle agent costs.
 
-    "stall" is how long reads were held up after something was killed, or after it was back.
+    "stall" is how long reads were held up after something was killed, or after it was back; "own" is that of reads on the
+    very node whose worker was killed, which wait for the next one to start.
     """
     wanted = [Fault(name) for name in faults] or list(Fault)
     result = bench_faults(wanted, Load(nodes, rate, seconds, away_s), directory, progress_console.print)
@@ -79,11 +80,12 @@ def _show(result: dict[str, Any]) -> None:
         "p99 s",
         "max s",
         "stall p99 s",
+        "own max s",
         "origin ÷ image",
         "it is banned / left alone by",
     )
     for row in result["rows"]:
-        stall = row["stall_p99_s"]
+        stall, own = row["stall_p99_s"], row["own_stall_max_s"]
         table.add_row(
             row["name"],
             str(row["reads"]),
@@ -93,6 +95,7 @@ def _show(result: dict[str, Any]) -> None:
             f"{row['p99_s']:.3f}",
             f"{row['max_s']:.2f}",
             "" if stall is None else f"{stall:.2f}",
+            "" if own is None else f"{own:.2f}",
             f"{row['origin_over_unique']:.2f}",
             f"{row['nodes_that_ban_it']} / {row['nodes_that_leave_it_alone']}",
         )
