@@ -31,6 +31,7 @@ BELOW: dict[str, set[str]] = {
     "bench": {"lab", "vm", "node", "peer", "swarm", "publishing", "origin", "fuse", "image", "ids", "errors"},
     "cli": {
         "bench",
+        "sim",
         "lab",
         "fleet",
         "vm",
@@ -69,7 +70,9 @@ PURE = {
     "peer.frames",
     "peer.key",
     "peer.wire",
-    "sim.spread",
+    "sim.run",
+    "sim.scenario",
+    "sim.views",
     "profile.profile",
     "profile.live",
     "profile.merge",
@@ -88,8 +91,8 @@ PURE = {
 """Modules that decide and do no I/O: time, randomness and the world are arguments."""
 
 IMPURE = {"os", "io", "socket", "time", "random", "asyncio", "threading", "subprocess", "tempfile", "shutil", "logging"}
-MAY = {"image.chunk": {"threading"}}
-"""Coders belong to a thread; nothing waits there."""
+MAY = {"image.chunk": {"threading"}, "sim.run": {"random"}}
+"""Coders belong to a thread; nothing waits there. A simulation is given the seed of its chance."""
 
 ONLY_CONTROL = {
     "vm": {"node.control", "node.status"},

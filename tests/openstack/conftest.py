@@ -15,6 +15,16 @@ CACHE = Path("/var/tmp/vmthunder-openstack")
 """Some 700 MB, which take a minute or two to come; kept between runs."""
 
 
+INSTALL_S = 900
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whoever runs first installs them, which may take longer than a test may."""
+    for item in items:
+        if {"nova_python", "glance_python"} & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.timeout(INSTALL_S))
+
+
 def environment(*packages: str) -> Path:
     """The Python of an environment that holds these packages."""
     CACHE.mkdir(mode=0o755, exist_ok=True)

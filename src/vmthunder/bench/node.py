@@ -73,9 +73,9 @@ def image_server(origin: Path, link: Link | None = None) -> Iterator[tuple[str, 
 
 @contextmanager
 def compute_node(origin_url: str, directory: Path, cache_bytes: int) -> Iterator[Node]:
-    """Run an agent that keeps all it has in `directory`, which is removed at the end."""
+    """Run an agent that keeps all it has in `directory`, which is removed at the end. It reads nothing unasked."""
     key = f"--cluster-key={_key_file(directory)}"
-    with starting_node(origin_url, directory, cache_bytes, key, "--no-p2p") as node:
+    with starting_node(origin_url, directory, cache_bytes, key, "--no-p2p", "--no-prefetch") as node:
         node.wait()
         yield node
 

@@ -53,6 +53,26 @@ def plot_storm(result: Mapping[str, Any], path: Path) -> None:
     figure.savefig(path)
 
 
+def plot_simulation(result: Mapping[str, Any], path: Path) -> None:
+    """Draw the result of `simulate`: the last node's time over the number of nodes, and the bound. Raises OSError."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    for shape in dict.fromkeys(row["topology"] for row in result["rows"]):
+        rows = [row for row in result["rows"] if row["topology"] == shape]
+        nodes = [row["nodes"] for row in rows]
+        axes.plot(nodes, [row["last_s"] for row in rows], marker="o", markersize=4, label=shape)
+    axes.plot(nodes, [row["bound_s"] for row in rows], "k--", label="least possible")
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel(f"nodes that read at once, links of {result['rate_bytes_s'] * 8e-6:g} Mbit/s")
+    axes.set_ylabel(f"seconds until the last one has {result['size_bytes'] / 2**20:.0f} MiB")
+    axes.legend()
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path)
+
+
 def plot_rivals(result: Mapping[str, Any], paths: Sequence[Path]) -> None:
     """Draw the result of `bench_rivals`: time and the origin's bytes over nodes, with the bounds. Raises OSError."""
     from matplotlib.figure import Figure

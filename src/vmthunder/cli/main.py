@@ -38,6 +38,7 @@ COMMANDS: Mapping[str, str] = {
     "lab": "vmthunder.cli.lab:lab",
     "trace": "vmthunder.cli.trace:trace",
     "bench": "vmthunder.cli.bench:bench",
+    "simulate": "vmthunder.cli.simulate:simulate",
 }
 """Where each command lives, in the order of the help page: `status` must not pay for a benchmark's imports."""
 

@@ -29,6 +29,11 @@ _LOOK_EVERY_S = 0.2
 _IGNORED = (signal.SIGHUP, signal.SIGINT, signal.SIGPIPE)
 
 
+# One malloc arena: every further one would keep its own peak of decoded chunks. What sources sent stays out of the heap, where
+# glibc would put it after the first of its size was freed: it would leave holes between decoded chunks.
+_MALLOC = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "16777216"}
+
+
 class Keeper:
     """One connection and the succession of its workers."""
 
@@ -93,8 +98,7 @@ class Keeper:
         handoff = Handoff(
             self.fuse_fd, self.events_write, os.getpid(), self.mounted, self.negotiated, cause, self.restarts
         )
-        # One malloc arena: every further one would keep its own peak of decoded chunks.
-        environ = {"MALLOC_ARENA_MAX": "1", **os.environ, VARIABLE: handoff.to_text()}
+        environ = {**_MALLOC, **os.environ, VARIABLE: handoff.to_text()}
         for fd in (self.fuse_fd, self.events_write):
             os.set_inheritable(fd, True)
         pid = os.posix_spawnp(self.worker_argv[0], self.worker_argv, environ, setsigdef=_IGNORED)

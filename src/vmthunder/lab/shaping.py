@@ -13,7 +13,10 @@ from vmthunder.errors import Usage
 # A bucket holds what the link carries in 1 ms, and always a whole segment of 64 KiB that was not cut yet (GSO).
 _BURST_S = 0.001
 _MIN_BURST_BYTES = 64 << 10
-_QUEUE_LATENCY = "20ms"
+# What waits for its turn: 20 ms, and at least what a port of a small switch holds. Less drops the first packets of a few
+# connections that begin together, which then stand still for TCP's 200 ms.
+_QUEUE_S = 0.02
+_MIN_QUEUE_BYTES = 256 << 10
 _UNITS = {"kbit": 10**3, "mbit": 10**6, "gbit": 10**9}
 
 
@@ -44,4 +47,5 @@ def shape(netlink: IPRoute, index: int, rate: Rate) -> None:
     """Let interface `index` send no faster than `rate`."""
     rate_bytes_s = rate.bits_s // 8
     burst_bytes = max(_MIN_BURST_BYTES, int(rate_bytes_s * _BURST_S))
-    netlink.tc("add", "tbf", index, rate=rate_bytes_s, burst=burst_bytes, latency=_QUEUE_LATENCY)
+    queue_s = max(_QUEUE_S, _MIN_QUEUE_BYTES / rate_bytes_s)
+    netlink.tc("add", "tbf", index, rate=rate_bytes_s, burst=burst_bytes, latency=f"{1000 * queue_s:.0f}ms")

@@ -134,19 +134,26 @@ class ChunkCache:
                 tail = max(tail, record.extent.end)
             elif before is not None:
                 holes.append(before.extent)
-        for kind in (Kind.MAIN, Kind.SMALL):
-            for record in [record for record in live.values() if record.kind is kind]:
-                place, size_bytes = record.extent
-                room = self._queues.make_room(record.chunk_id, size_bytes)
-                if room is None:
-                    self._dropped.append(Kept(record.chunk_id, place, size_bytes))
-                    continue
-                self._dropped.extend(room.evicted)
-                self._queues.add(record.chunk_id, size_bytes, place, to_main=room.to_main)
+        in_order = sorted(live.values(), key=lambda record: record.kind is Kind.SMALL)
+        if self._queues.room_in_main(sum(self._queues.space_bytes(record.extent.size_bytes) for record in in_order)):
+            for _, chunk_id, (place, size_bytes) in in_order:
+                self._queues.add(chunk_id, size_bytes, place, to_main=True)
+        else:
+            self._readmit(in_order)
         self._segments.free(holes)
         self._segments.recover((record.extent for record in live.values()), tail)
         self._let_go(())
         self._compact()
+
+    def _readmit(self, records: Iterable[Record]) -> None:
+        """Take in what was here, as far as the quota goes: it may have been larger."""
+        for _, chunk_id, (place, size_bytes) in records:
+            room = self._queues.make_room(chunk_id, size_bytes)
+            if room is None:
+                self._dropped.append(Kept(chunk_id, place, size_bytes))
+                continue
+            self._dropped.extend(room.evicted)
+            self._queues.add(chunk_id, size_bytes, place, to_main=room.to_main)
 
     def __contains__(self, chunk_id: ChunkId) -> bool:
         return chunk_id in self._queues
