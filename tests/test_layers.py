@@ -96,7 +96,7 @@ MAY = {"image.chunk": {"threading"}, "sim.run": {"random"}}
 
 ONLY_CONTROL = {
     "vm": {"node.control", "node.status"},
-    "fleet": {"node.control", "swarm.client", "swarm.key", "swarm.view"},
+    "fleet": {"node.control", "node.exchange", "swarm.client", "swarm.key", "swarm.view"},
 }
 """Rooms that talk to another room through its front door only."""
 

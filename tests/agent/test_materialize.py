@@ -46,6 +46,7 @@ def test_a_local_copy_has_holes_where_the_image_is_zero(lab: Lab) -> None:
     (copy,) = (agent.state_dir / "materialized").iterdir()
     assert copy.stat().st_size == (64 << 20) + 65537
     assert copy.stat().st_blocks * 512 < 1 << 20
+    assert copy.stat().st_mode & 0o777 == 0o600
 
 
 def test_whoever_had_the_image_open_before_goes_on_beside_the_local_copy(lab: Lab) -> None:

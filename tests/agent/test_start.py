@@ -112,6 +112,9 @@ def test_bad_starts_end_in_one_line_and_the_right_exit_code(lab: Lab) -> None:
     assert "no-such-origin" in fails(3, "--origin", lab.directory / "no-such-origin")
     assert "gopher" in fails(2, "--origin", "gopher://images")
     assert "exclude each other" in run_vmthunder("agent", "--stop", "--restart", exit_code=2)
+    for order in ("--restart", "--stop"):
+        said = run_vmthunder("agent", order, "--run-dir", running.run_dir, "--cache-size", "1GiB", exit_code=2)
+        assert f"{order} leaves the settings as they are; without --cache-size" in one_line(said)
     assert "--origin" in run_vmthunder("agent", "--detach", exit_code=2)
     assert mounts.find_mount(str(free.mount)) is None
     assert running.status()["restarts"] == 0

@@ -12,8 +12,9 @@ import pytest
 from conftest import RunCli, one_line
 from tracker_server import Server, running_server
 from vmthunder.errors import CorruptFile, NotFound, NotPermitted, VMThunderError
+from vmthunder.ids import NodeId
 from vmthunder.peer.key import cluster_key
-from vmthunder.swarm.key import ClusterKey
+from vmthunder.swarm.key import NONCE_BYTES, ClusterKey
 
 HEX = "0f" * 32
 
@@ -80,8 +81,9 @@ def test_a_key_file_that_is_not_there_or_no_file_is_refused(tmp_path: Path) -> N
 
 def test_what_is_derived_from_the_key_does_not_tell_it_and_the_key_does_not_print(tmp_path: Path) -> None:
     key = ClusterKey.load(write(tmp_path / "key", HEX + "\n"))
-    secrets = {key.secret.hex(), key.token, cluster_key(key.secret).hex()}
-    assert len(secrets) == 3
+    mac = key.order_mac(NodeId(bytes(16)), bytes(NONCE_BYTES), "GET", "/vms", bytes(32))
+    secrets = {key.secret.hex(), key.token, mac.hex(), cluster_key(key.secret).hex()}
+    assert len(secrets) == 4
     assert not any(secret in f"{key} {key!r}" for secret in secrets)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from conftest import RunCli
 from vmthunder.errors import Conflict, CorruptFile, NotFound, Usage
 from vmthunder.vm import machine
 from vmthunder.vm.machine import Machine, Machines
@@ -145,6 +146,7 @@ def test_last_lines_are_printable(tmp_path: Path) -> None:
 def test_an_overlay_names_its_image_and_reads_nothing_of_it(tmp_path: Path) -> None:
     image = tmp_path / "not, there.raw"
     create_overlay(tmp_path / "overlay.qcow2", image, 5 << 20)
+    assert (tmp_path / "overlay.qcow2").stat().st_mode & 0o777 == 0o600
     said = subprocess.run(
         ["qemu-img", "info", "-U", "--output=json", tmp_path / "overlay.qcow2"], capture_output=True, check=True
     )
@@ -178,3 +180,12 @@ def test_a_disk_may_be_larger_than_its_image_but_not_smaller() -> None:
 def test_a_machine_that_cannot_be_is_refused(contradiction: dict[str, object]) -> None:
     with pytest.raises(Usage):
         Spec(**contradiction)  # type: ignore[arg-type]
+
+
+def test_names_are_listed_whole_in_a_pipe(machines: Machines, run_cli: RunCli) -> None:
+    name = "a-machine-with-a-name-of-63-letters-digits-and-dashes-123456789"
+    machines.create(name, "debian")
+    image = "an-image-with-a-name-that-is-" + "long-" * 20
+    machines.save(replace(record(name, ProcessIdentity.of(os.getpid())), image=image))
+    _, line = run_cli("ps", "--state-dir", machines.state_dir).stdout.splitlines()
+    assert line.split()[:3] == [name, image, "running"]

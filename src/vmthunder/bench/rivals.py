@@ -105,7 +105,7 @@ def bench_rivals(
         **bounds(guests, touches, rate),
         "machine": machine,
         "commit": _commit(),
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join(["vmthunder", *sys.argv[1:]]),
     }
 
 

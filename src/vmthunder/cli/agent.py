@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 from rich.console import JustifyMethod
 from rich.table import Table
 
@@ -31,6 +32,8 @@ WAITING_SHOWN = 10
 CHECK_S = 2.0
 """How long the start of an agent may wait for what the server says to its key."""
 _DIRECTORY = click.Path(path_type=Path)
+_ORDERS = frozenset({"restart", "stop", "run_dir", "as_json"})
+"""Options that an agent which runs can be given."""
 
 run_dir_option = click.option(
     "--run-dir",
@@ -138,7 +141,9 @@ def _client(run_dir: Path) -> AgentClient:
 @click.option("--policy", type=_DIRECTORY, help="TOML file of images to be kept on this node; read again on change.")
 @click.option("--detach", is_flag=True, help="Run in the background; return when the mount serves.")
 @click.option(
-    "--restart", is_flag=True, help="Hand the running agent's mount over to a new worker, from the code installed now."
+    "--restart",
+    is_flag=True,
+    help="Hand the running agent's mount over to a new worker, from the code installed now, with the settings it has.",
 )
 @click.option("--stop", is_flag=True, help="Unmount and end the running agent.")
 @json_option
@@ -177,6 +182,8 @@ def agent(
     """
     if restart and stop:
         raise Usage("--restart and --stop exclude each other")
+    if restart or stop:
+        _refuse_settings("--restart" if restart else "--stop")
     if restart:
         report = _client(run_dir).restart()
         emit(as_json, report, lambda: console.print(f"worker {report['pid']} took over {report['mount']}"))
@@ -220,6 +227,17 @@ def agent(
             run(settings)
         report = run_detached(settings)
         emit(as_json, report, lambda: console.print(f"images of {report['origin']} are in {report['mount']}"))
+
+
+def _refuse_settings(order: str) -> None:
+    """An agent that runs keeps its settings: nobody shall believe that it took others. Raises Usage."""
+    context = click.get_current_context()
+    for option in context.command.params:
+        given = context.get_parameter_source(str(option.name)) is ParameterSource.COMMANDLINE
+        if given and isinstance(option, click.Option) and option.name not in _ORDERS:
+            raise Usage(
+                f"{order} leaves the settings as they are; without {option.opts[0]}, or stop the agent and start it anew"
+            )
 
 
 def check_policy(path: Path) -> None:

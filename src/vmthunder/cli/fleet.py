@@ -33,8 +33,7 @@ def over_nodes(tracker: str | None, cluster_key: Path | None, work: Work[T]) -> 
         raise Usage("nodes listen only to those who have the cluster key; give it with --cluster-key")
 
     async def run() -> T:
-        async with clients(tracker, key) as found:
-            return await work(found)
+        return await work(await clients(tracker, key))
 
     return asyncio.run(run())
 

@@ -84,7 +84,19 @@ def up(nodes: int, rate: Rate | None, origin_rate: Rate | None, name: str, as_js
 @click.argument("host")
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
 def exec(name: str, host: str, command: tuple[str, ...]) -> None:  # noqa: A001 - it is the command's name
-    """Run COMMAND on HOST; its exit code is the command's."""
+    """Run COMMAND on HOST; its exit code is the command's.
+
+    HOST is `origin`, `node1`, `node2`, …; `vmthunder lab status` shows them. Options of COMMAND stand after `--`. It has
+    the host's network; files, users and processes are the machine's, so give each node's agent directories of its own:
+
+    \b
+      vmthunder lab exec node1 -- vmthunder agent --origin http://198.18.0.1:8930 \\
+          --state-dir /tmp/node1 --run-dir /tmp/node1/run --detach
+      vmthunder lab exec node1 -- vmthunder status --run-dir /tmp/node1/run
+      vmthunder lab exec node1 -- ping -c 1 198.18.0.1
+
+    What goes on in the background ends with `vmthunder lab down`.
+    """
     Cluster(name).host(host).namespace.enter()
     try:
         os.execvp(command[0], command)

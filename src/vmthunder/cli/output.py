@@ -18,7 +18,9 @@ from rich.progress import (
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 console = Console(highlight=False, soft_wrap=True)
-"""Results."""
+"""Results; as wide as they are where nobody looks at them."""
+if not console.is_terminal:
+    console.width = 10_000
 progress_console = Console(stderr=True, highlight=False)
 """Progress and remarks; a pipe on stdout sees results only."""
 

@@ -24,6 +24,13 @@ def trace() -> None:
 
     A trace is CSV: issue_s, completion_s, offset, length_bytes. A replay keeps think times (from the completion of the
     read that a read waited for to its issue) and overlaps.
+
+    \b
+      vmthunder trace record debian-12                               debian-12.csv: one boot, on this host's agent
+      vmthunder trace replay /var/lib/vmthunder/images/debian-12.raw debian-12.csv
+      vmthunder trace replay /srv/debian-12.raw debian-12.csv --think-scale 0.15
+
+    Compare the total of two files, or of one when cold and warm; `stall` is the time that the boot waited for reads.
     """
 
 
@@ -89,7 +96,11 @@ def record(
 )
 @json_option
 def replay(file: Path, trace_file: Path, think_scale: float, as_json: bool) -> None:
-    """Replay TRACE against FILE, which may be a file of the agent's mount or any other."""
+    """Replay TRACE against FILE, which may be a file of the agent's mount or any other.
+
+    Tells how long it took, how much of that was waiting for reads (stall), and their latencies. Nothing is dropped from
+    caches before: a second replay shows what a second guest would find.
+    """
     try:
         with trace_file.open() as lines:
             reads = read_csv(lines, str(trace_file))

@@ -258,7 +258,7 @@ def _print_vms(vms: Sequence[Mapping[str, Any]]) -> None:
     nodes = ["NODE"] if "node" in vms[0] else []
     table = Table(box=None, header_style="bold")
     for heading in (*nodes, "NAME", "IMAGE", "STATE", "DRIVER", "MEMORY", "CPUS", "PID", "AGE", "PORTS"):
-        table.add_column(heading)
+        table.add_column(heading, overflow="fold")
     for vm in vms:
         table.add_row(*([vm["node"]] if nodes else []), *_row(vm))
     terminal.print(table)

@@ -1,6 +1,7 @@
 """The nodes of a cluster, from any machine that has its key: who they are, and what can be asked of them over HTTP.
 
-Nothing is kept; whatever a node answers is checked before it is used. Belongs to one event loop.
+Each order is signed for one node, in answer to its challenge (`node/exchange.py`). Nothing is kept; whatever a node answers is
+checked before it is used. Belongs to one event loop.
 """
 
 import contextlib
@@ -11,11 +12,14 @@ from contextlib import asynccontextmanager
 from typing import Any, Final, NamedTuple
 
 import aiohttp
+from yarl import URL
 
 from vmthunder.errors import AgentUnavailable, Failure, NotFound
+from vmthunder.ids import NodeId, digest
 from vmthunder.node.control import error_of
+from vmthunder.node.exchange import CHALLENGE
 from vmthunder.swarm.client import TrackerClient
-from vmthunder.swarm.key import ClusterKey
+from vmthunder.swarm.key import NONCE_BYTES, ClusterKey
 from vmthunder.swarm.view import CLUSTER, BadMessage, Snapshot, decode_update
 
 TRACKER_S: Final = 10.0
@@ -33,6 +37,7 @@ class FleetNode(NamedTuple):
     name: str
     """Its host; with the port where several share one."""
     url: str
+    node_id: NodeId
 
 
 async def known_nodes(tracker_url: str, key: ClusterKey) -> list[FleetNode]:
@@ -56,16 +61,16 @@ async def known_nodes(tracker_url: str, key: ClusterKey) -> list[FleetNode]:
     nodes = []
     for member in members:
         address = f"[{member.host}]:{member.port}" if ":" in member.host else f"{member.host}:{member.port}"
-        nodes.append(FleetNode(member.host if shared[member.host] == 1 else address, f"http://{address}"))
+        nodes.append(FleetNode(member.host if shared[member.host] == 1 else address, f"http://{address}", member.node))
     return nodes
 
 
 class NodeClient:
     """Asks one node. Every method raises AgentUnavailable if it does not answer, and what its answer says."""
 
-    def __init__(self, session: aiohttp.ClientSession, node: FleetNode) -> None:
+    def __init__(self, key: ClusterKey, node: FleetNode) -> None:
         self.node: Final = node
-        self._session = session
+        self._key = key
 
     async def vms(self) -> list[dict[str, Any]]:
         """Its virtual machines, as `vmthunder ps --json` prints them."""
@@ -91,7 +96,7 @@ class NodeClient:
 
     async def _order(self, path: str, wanted: Mapping[str, Any], heard: Heard) -> dict[str, Any]:
         async with self._errors():
-            async with self._session.post(self.node.url + path, json=wanted) as response:
+            async with self._send("POST", path, json.dumps(wanted).encode()) as response:
                 if response.status != 200:
                     await self._value(response)
                 async for line in response.content:
@@ -103,8 +108,32 @@ class NodeClient:
             raise AgentUnavailable(self._cut_off())
 
     async def _ask(self, method: str, path: str) -> dict[str, Any]:
-        async with self._errors(), self._session.request(method, self.node.url + path) as response:
+        async with self._errors(), self._send(method, path) as response:
             return await self._value(response)
+
+    @asynccontextmanager
+    async def _send(self, method: str, path: str, body: bytes = b"") -> AsyncIterator[aiohttp.ClientResponse]:
+        """An order, on a connection of its own: a challenge is good for the next request on the same one."""
+        async with aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=1),
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S, sock_read=SILENT_S),
+            read_bufsize=MAX_LINE_BYTES,
+        ) as session:
+            async with session.get(self.node.url + CHALLENGE) as response:
+                nonce = self._nonce(await self._value(response))
+            url = URL(self.node.url + path)
+            body_digest = digest(body)
+            mac = self._key.order_mac(self.node.node_id, nonce, method, url.raw_path_qs, body_digest)
+            headers = {"Authorization": f"VMThunder {mac.hex()} {body_digest.hex()}"}
+            async with session.request(method, url, data=body, headers=headers) as response:
+                yield response
+
+    def _nonce(self, challenge: Mapping[str, Any]) -> bytes:
+        """Raises Failure."""
+        with contextlib.suppress(KeyError, ValueError, TypeError):
+            if len(nonce := bytes.fromhex(challenge["nonce"])) == NONCE_BYTES:
+                return nonce
+        raise self._nonsense()
 
     async def _value(self, response: aiohttp.ClientResponse) -> dict[str, Any]:
         value = self._object(await response.read())
@@ -139,18 +168,11 @@ class NodeClient:
             raise AgentUnavailable(self._cut_off()) from None
 
 
-@asynccontextmanager
-async def clients(tracker_url: str, key: ClusterKey) -> AsyncIterator[list[NodeClient]]:
+async def clients(tracker_url: str, key: ClusterKey) -> list[NodeClient]:
     """Clients of all nodes that the tracker knows. Raises what `known_nodes` does, and NotFound where it knows none."""
     nodes = await known_nodes(tracker_url, key)
     if not nodes:
         raise NotFound(
             f"tracker {tracker_url} knows no nodes; start agents there with the cluster key: `vmthunder agent`"
         )
-    async with aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0, force_close=True),
-        timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S, sock_read=SILENT_S),
-        headers={"Authorization": f"Bearer {key.orders_token}"},
-        read_bufsize=MAX_LINE_BYTES,
-    ) as session:
-        yield [NodeClient(session, node) for node in nodes]
+    return [NodeClient(key, node) for node in nodes]

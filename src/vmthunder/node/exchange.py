@@ -1,8 +1,14 @@
-"""HTTP/1.1 as far as other machines need it of an agent: one request and one answer of JSON per connection.
+"""HTTP/1.1 as far as other machines need it of an agent: one signed order and one answer of JSON per connection.
+
+    GET /challenge                                         {"nonce": HEX}: good for the next request on this connection
+    …   Authorization: VMThunder MAC DIGEST                the order; HEX of `ClusterKey.order_mac`, and of its body's BLAKE3
+
+An order that is heard again, changed or sent on to another node is refused: its nonce belongs to one connection, and the MAC
+is over the node, the nonce, method, path and body. The head is checked before any of the body is taken.
 
 h11 over asyncio's streams: an HTTP server library costs each worker 17 MiB and each takeover 0.15 s, while guests wait.
-Nobody is listened to before he has shown the token, longer than REQUEST_S, or beyond MAX_HEAD_BYTES and MAX_BODY_BYTES.
-An answer is one JSON value, or lines of JSON that are sent as things happen. Belongs to the event loop.
+Nobody is listened to longer than REQUEST_S, or beyond MAX_HEAD_BYTES and MAX_BODY_BYTES. An answer is one JSON value, or
+lines of JSON that are sent as things happen. Belongs to the event loop.
 """
 
 import asyncio
@@ -11,6 +17,8 @@ import hmac
 import json
 import logging
 import math
+import re
+import secrets
 import time
 from collections.abc import Awaitable, Callable
 from http import HTTPStatus
@@ -19,6 +27,8 @@ from typing import Any, Final
 import h11
 
 from vmthunder.errors import Usage, VMThunderError
+from vmthunder.ids import digest
+from vmthunder.swarm.key import NONCE_BYTES
 
 log = logging.getLogger(__name__)
 
@@ -27,10 +37,16 @@ MAX_BODY_BYTES: Final = 1 << 20
 MAX_CONNECTIONS: Final = 256
 REQUEST_S: Final = 10.0
 SAY_AGAIN_S: Final = 60.0
+CHALLENGE: Final = "/challenge"
+_SIGNED = re.compile(rb"VMThunder ([0-9a-f]{64}) ([0-9a-f]{64})")
 _READ_BYTES: Final = 64 << 10
 
 _STATUS: Final = {2: HTTPStatus.BAD_REQUEST, 3: HTTPStatus.NOT_FOUND, 7: HTTPStatus.FORBIDDEN, 8: HTTPStatus.CONFLICT}
 """By exit code; what is not here is a failure of ours."""
+
+
+Mac = Callable[[bytes, str, str, bytes], bytes]
+"""Nonce, method, path and digest of the body → what an order must carry."""
 
 
 class _Refused(Exception):
@@ -53,9 +69,25 @@ class Exchange:
         self._writer = writer
         self._http = h11.Connection(h11.SERVER, max_incomplete_event_size=MAX_HEAD_BYTES)
 
-    async def receive(self, token: str) -> None:
-        """Read the request. Raises _Refused, h11.RemoteProtocolError."""
-        expected = f"Bearer {token}".encode()
+    async def receive(self, mac: Mac) -> None:
+        """Read the order, and what comes before it. Raises _Refused, h11.RemoteProtocolError."""
+        nonce = secrets.token_bytes(NONCE_BYTES)
+        await self._request(mac, nonce)
+        if self.path == CHALLENGE:
+            try:
+                await self.answer({"nonce": nonce.hex()}, last=False)
+                self._http.start_next_cycle()
+            except (
+                h11.LocalProtocolError
+            ):  # HTTP/1.0, `Connection: close`, CONNECT: theirs to ask, and no fault of ours
+                raise ConnectionResetError("no order can follow the challenge on this connection") from None
+            await self._request(mac, nonce)
+            if self.path == CHALLENGE:
+                raise _Refused(HTTPStatus.BAD_REQUEST, "the order is missing", 2)
+
+    async def _request(self, mac: Mac, nonce: bytes) -> None:
+        body_digest = digest(b"")
+        body = bytearray()
         while True:
             event = self._http.next_event()
             if event is h11.NEED_DATA:
@@ -63,25 +95,41 @@ class Exchange:
                     self._write(h11.InformationalResponse(status_code=100, headers=[]))
                 self._http.receive_data(await self._reader.read(_READ_BYTES))
             elif isinstance(event, h11.Request):
-                given = dict(event.headers).get(b"authorization", b"")
-                if not hmac.compare_digest(given, expected):
-                    raise _Refused(
-                        HTTPStatus.UNAUTHORIZED, "this node wants the cluster key; give it with --cluster-key", 7
-                    )
                 self.method, self.path = event.method.decode(), event.target.decode()
+                if self.path != CHALLENGE:
+                    body_digest = self._signed(event, mac, nonce)
             elif isinstance(event, h11.Data):
-                self.body += event.data
-                if len(self.body) > MAX_BODY_BYTES:
+                body += event.data
+                if len(body) > (0 if self.path == CHALLENGE else MAX_BODY_BYTES):
                     raise _Refused(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "the request is too long", 2)
             elif isinstance(event, h11.EndOfMessage):
+                self.body = bytes(body)
+                if digest(self.body) != body_digest:
+                    raise _Refused(HTTPStatus.UNAUTHORIZED, "the order was changed on its way to this node", 7)
                 return
             else:
                 raise ConnectionResetError("hung up before the request was whole")
 
-    async def answer(self, value: Any, status: int = HTTPStatus.OK) -> None:
-        """The whole answer."""
+    def _signed(self, request: h11.Request, mac: Mac, nonce: bytes) -> bytes:
+        """The digest of the body that was signed. Raises _Refused."""
+        given = _SIGNED.fullmatch(dict(request.headers).get(b"authorization", b""))
+        if given is None:
+            raise _Refused(HTTPStatus.UNAUTHORIZED, "this node wants the cluster key; give it with --cluster-key", 7)
+        signature, body_digest = (bytes.fromhex(part.decode()) for part in given.groups())
+        if not hmac.compare_digest(signature, mac(nonce, self.method, self.path, body_digest)):
+            raise _Refused(
+                HTTPStatus.UNAUTHORIZED,
+                "this node refuses the order: it is signed with another cluster key, for another node, or was sent before",
+                7,
+            )
+        return body_digest
+
+    async def answer(self, value: Any, status: int = HTTPStatus.OK, *, last: bool = True) -> None:
+        """The whole answer; the last on this connection, as a rule."""
         body = json.dumps(value).encode() + b"\n"
-        headers = [("Content-Type", "application/json"), ("Content-Length", str(len(body))), ("Connection", "close")]
+        headers = [("Content-Type", "application/json"), ("Content-Length", str(len(body)))]
+        if last:
+            headers.append(("Connection", "close"))
         self._write(h11.Response(status_code=status, headers=headers))
         self._write(h11.Data(data=body))
         await self.end()
@@ -137,8 +185,8 @@ class _Refusals:
 Handler = Callable[[Exchange], Awaitable[None]]
 
 
-async def serve(host: str, port: int, token: str, handle: Handler) -> asyncio.Server:
-    """Answer requests that carry the token. Raises OSError: it cannot listen there."""
+async def serve(host: str, port: int, mac: Mac, handle: Handler) -> asyncio.Server:
+    """Obey orders that are signed. Raises OSError: it cannot listen there."""
     connections = 0
     refusals = _Refusals()
 
@@ -147,7 +195,7 @@ async def serve(host: str, port: int, token: str, handle: Handler) -> asyncio.Se
         connections += 1
         try:
             if connections <= 2 * MAX_CONNECTIONS:
-                await _converse(Exchange(reader, writer), token, handle, full=connections > MAX_CONNECTIONS)
+                await _converse(Exchange(reader, writer), mac, handle, full=connections > MAX_CONNECTIONS)
         except (ConnectionError, TimeoutError, h11.ProtocolError) as error:
             log.debug("event=remote_connection_lost reason=%s", error)
         except _Refused as error:
@@ -160,10 +208,10 @@ async def serve(host: str, port: int, token: str, handle: Handler) -> asyncio.Se
     return await asyncio.start_server(connected, host, port)
 
 
-async def _converse(exchange: Exchange, token: str, handle: Handler, *, full: bool) -> None:
+async def _converse(exchange: Exchange, mac: Mac, handle: Handler, *, full: bool) -> None:
     try:
         async with asyncio.timeout(REQUEST_S):
-            await exchange.receive(token)
+            await exchange.receive(mac)
         if full:  # said when the request was read: the kernel throws an answer away that comes before
             raise _Refused(HTTPStatus.SERVICE_UNAVAILABLE, "this node has too many connections; try again later")
         await handle(exchange)

@@ -142,7 +142,7 @@ class MaterializedImages:
         try:
             if shutil.disk_usage(self._directory).free < copying.total_bytes:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            with part.open("wb") as file:
+            with open(part, "wb", opener=_for_us_alone) as file:
                 file.truncate(manifest.virtual_bytes)
             await _all(copy_batches() for _ in range(BATCHES))
             await asyncio.to_thread(_finish, part, self._path(image))
@@ -170,6 +170,11 @@ async def _all(jobs: Iterable[Coroutine[Any, Any, None]]) -> None:
         for task in tasks:
             task.cancel()
         await asyncio.wait(tasks)
+
+
+def _for_us_alone(path: str, flags: int) -> int:
+    """Guests read a copy through the mount."""
+    return os.open(path, flags, 0o600)
 
 
 def _write(path: Path, places: Sequence[int], slices: Sequence[Buffer]) -> None:

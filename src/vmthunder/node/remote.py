@@ -22,9 +22,11 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, Final
 
 from vmthunder.errors import Conflict, NotFound, NotPermitted, Usage
+from vmthunder.ids import NodeId
 from vmthunder.node.command import Command
 from vmthunder.node.control import Handler
 from vmthunder.node.exchange import Exchange, json_object, serve
@@ -67,9 +69,9 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]{0,62}", re.ASCII)
 
 
 async def listen(
-    settings: AgentSettings, key: ClusterKey, status: Callable[[], dict[str, Any]], precache: Handler
+    settings: AgentSettings, key: ClusterKey, node: NodeId, status: Callable[[], dict[str, Any]], precache: Handler
 ) -> tuple[asyncio.Server, int]:
-    """Answer other machines; returns the real port.
+    """Answer other machines that sign their orders to this `node`; returns the real port.
 
     Raises:
         Conflict, NotPermitted, Usage: this address cannot be listened at.
@@ -77,7 +79,7 @@ async def listen(
     assert settings.control_listen is not None
     host, port = parse_address(settings.control_listen, "--control-listen")
     try:
-        server = await serve(host, port, key.orders_token, RemoteControl(settings, status, precache).handle)
+        server = await serve(host, port, partial(key.order_mac, node), RemoteControl(settings, status, precache).handle)
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             raise Conflict(f"port {port} of {host} is in use; choose another with --control-listen") from None

@@ -209,7 +209,7 @@ async def _serve(settings: AgentSettings, handoff: Handoff) -> Leave:
         stack.callback(server.close)
         if peers is not None and key is not None and settings.control_listen is not None:
             with _forgiven(unless=handoff.cause is Cause.START):
-                remote, port = await listen(settings, key, status.snapshot, operations.precache)
+                remote, port = await listen(settings, key, peers.membership.node, status.snapshot, operations.precache)
                 stack.callback(remote.close)
                 peers.membership.announce(port)
         handoff.ready()

@@ -56,6 +56,13 @@ Store: TypeAlias = HTTPStore | LocalStore | S3Store
 IMAGES_KEY: Final = "images.json"
 """What our server answers with all refs, since plain HTTP cannot list."""
 
+MAX_MANIFEST_BYTES: Final = 512 << 20
+"""Of 11 million chunks: 1.3 TiB of data in chunks of 128 KiB."""
+MAX_LIST_BYTES: Final = 64 << 20
+"""Of 150,000 images."""
+MAX_OBJECT_BYTES: Final = 4 << 20
+"""Refs, profiles, and whatever else is read whole."""
+
 _REQUEST_TIMEOUT = timedelta(seconds=30)
 _CONNECT_TIMEOUT = timedelta(seconds=5)
 # Whoever waits retries with a back-off of its own; one quick try here only covers a connection that was closed as idle.
@@ -125,7 +132,7 @@ class Origin:
             missing = (
                 f"{self.url} is a plain HTTP server, which cannot list images; name one, or ask a vmthunder server"
             )
-            return decode_images(await self.get(IMAGES_KEY, missing))
+            return decode_images(await self.get(IMAGES_KEY, missing, MAX_LIST_BYTES))
         names = [key.removeprefix("refs/") async for key, _, _ in self.list("refs")]
         refs = []
         for name in sorted(names):
@@ -152,11 +159,14 @@ class Origin:
 
     async def manifest(self, image_id: ImageId) -> Manifest:
         """Raises NotFound, CorruptManifest."""
-        data = await self.get(f"manifests/{image_id.hex()}", f"no manifest of image {image_id.hex()} at {self.url}")
+        missing = f"no manifest of image {image_id.hex()} at {self.url}"
+        data = await self.get(f"manifests/{image_id.hex()}", missing, MAX_MANIFEST_BYTES)
         return Manifest.decode(data, image_id)
 
     async def put_manifest(self, data: bytes) -> ImageId:
-        """Store an encoded manifest."""
+        """Store an encoded manifest. Raises Usage: it is longer than anybody would read."""
+        if len(data) > MAX_MANIFEST_BYTES:
+            raise Usage("the image has too many chunks; publish it with a larger --chunk-size")
         image_id = ImageId(digest(data))
         await self.put(f"manifests/{image_id.hex()}", data)
         return image_id
@@ -237,10 +247,15 @@ class Origin:
 
     # Objects
 
-    async def get(self, key: str, missing: str) -> Buffer:
-        """A whole object. Raises NotFound with `missing` as its line."""
+    async def get(self, key: str, missing: str, most_bytes: int = MAX_OBJECT_BYTES) -> Buffer:
+        """A whole object. Raises NotFound with `missing` as its line; CorruptFile: it is longer than `most_bytes`."""
         with _errors(self.url, missing):
-            return memoryview(await (await obstore.get_async(self.store, key)).bytes_async())
+            found = await obstore.get_async(self.store, key)
+            if found.meta["size"] > most_bytes:  # before any of it is taken
+                raise CorruptFile(
+                    f"{key} at {self.url} has {found.meta['size']} bytes, more than the {most_bytes} that it may have"
+                )
+            return memoryview(await found.bytes_async())
 
     async def put(self, key: str, data: bytes, *, only_new: bool = False) -> None:
         """Store a whole object atomically and durably. Raises Conflict if it is there with `only_new`."""

@@ -1,7 +1,8 @@
 """The cluster key: a secret file that all nodes and the image server share, and what is derived from it.
 
 The file holds 32 random bytes as hexadecimal digits. It may be read by its owner only. From it come the bearer token of
-HTTP requests (here) and the key of the peers' handshake (`peer.key.cluster_key`), so neither tells the other.
+HTTP requests and the key that orders to nodes are signed with (here), and the key of the peers' handshake
+(`peer.key.cluster_key`), so that none tells another.
 """
 
 import os
@@ -14,8 +15,10 @@ from typing import Final, NamedTuple
 from blake3 import blake3
 
 from vmthunder.errors import CorruptFile, Failure, NotFound, NotPermitted
-from vmthunder.ids import is_hex_digest
+from vmthunder.ids import NodeId, is_hex_digest
 
+NONCE_BYTES: Final = 32
+"""Of a node's challenge to whoever gives it an order."""
 DEFAULT_KEY_FILE: Final = Path("/var/lib/vmthunder/cluster.key")
 
 _SECRET_BYTES: Final = 32
@@ -37,10 +40,14 @@ class ClusterKey(NamedTuple):
         """What HTTP requests carry, as `Authorization: Bearer TOKEN`."""
         return blake3(self.secret, derive_key_context=_TOKEN_CONTEXT).hexdigest()
 
-    @property
-    def orders_token(self) -> str:
-        """What orders to a node carry. Another one: who hears what a node says to the server cannot give orders."""
-        return blake3(self.secret, derive_key_context=_ORDERS_CONTEXT).hexdigest()
+    def order_mac(self, node: NodeId, nonce: bytes, method: str, path: str, body_digest: bytes) -> bytes:
+        """What proves an order to be from somebody who has the key: to this node, in answer to its `nonce`.
+
+        `nonce` has NONCE_BYTES, `body_digest` is the BLAKE3-256 of the body.
+        """
+        # Fields of fixed length first; neither a method nor a path of HTTP has a space in it.
+        order = b"".join((node, nonce, body_digest, f"{method} {path}".encode()))
+        return blake3(order, key=blake3(self.secret, derive_key_context=_ORDERS_CONTEXT).digest()).digest()
 
     @classmethod
     def load(cls, path: Path) -> "ClusterKey":

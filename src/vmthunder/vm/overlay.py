@@ -20,7 +20,8 @@ def overlay_bytes(image_bytes: int, disk_bytes: int | None) -> int:
 def create_overlay(overlay: Path, image: Path | str, size_bytes: int) -> None:
     """Make a qcow2 file whose backing file is the raw file (or NBD export) `image`.
 
-    Nothing of the image is read: its size and format are given (`-u`), so this does not wait for an origin either.
+    It is its owner's alone, unless a default ACL of the directory says otherwise. Nothing of the image is read: its size and
+    format are given (`-u`), so this does not wait for an origin either.
 
     Raises:
         MissingTool, NoSpace, Failure.
@@ -28,7 +29,12 @@ def create_overlay(overlay: Path, image: Path | str, size_bytes: int) -> None:
     command = ["qemu-img", "create", "-q", "-u", "-f", "qcow2", "-F", "raw", "-b", str(image), str(overlay)]
     try:
         done = subprocess.run(
-            [*command, str(size_bytes)], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+            [*command, str(size_bytes)],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
+            umask=0o077,
         )
     except FileNotFoundError:
         raise MissingTool("qemu-img is not installed; `make setup` installs what is missing") from None

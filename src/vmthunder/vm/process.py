@@ -93,6 +93,8 @@ def start(
 ) -> Child:
     """Start `command` in `directory`, in a session of its own, with both outputs appended to the file `output`.
 
+    What it makes is its owner's alone: a guest's disk.
+
     Raises:
         MissingTool: there is no such program.
     """
@@ -106,6 +108,7 @@ def start(
                 stderr=subprocess.STDOUT,
                 pass_fds=pass_fds,
                 start_new_session=True,
+                umask=0o077,
                 env={**os.environ, **(environment or {}), MARK: str(directory)},
             )
         except FileNotFoundError:

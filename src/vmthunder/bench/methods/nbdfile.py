@@ -5,6 +5,7 @@ a method that ends in QEMU's block layer is put to the same test as one that end
 """
 
 import shutil
+import socket
 from pathlib import Path
 
 from vmthunder.bench.cell import Cell, as_image
@@ -29,7 +30,20 @@ def show(cell: Cell, host: Host, uri: str) -> BackingImage:
 
 def show_with_qemu(cell: Cell, host: Host, *disk: str) -> BackingImage:
     """What qemu-nbd is told to open, as a file on a host, until the cell ends. Raises Failure."""
-    socket = cell.short / f"{host.name}.sock"
-    argv = ["qemu-nbd", "--persistent", "--shared=8", f"--socket={socket}", *disk]
-    cell.start(host, argv, lambda _: socket.exists())
-    return show(cell, host, f"nbd+unix:///?socket={socket}")
+    path = cell.short / f"{host.name}.sock"
+    argv = ["qemu-nbd", "--persistent", "--shared=8", f"--socket={path}", *disk]
+    cell.start(host, argv, lambda _: accepts(str(path)))
+    return show(cell, host, f"nbd+unix:///?socket={path}")
+
+
+def accepts(address: str | tuple[str, int]) -> bool:
+    """Whether something accepts connections at a unix socket's path, or at a host and port. That the socket is there is not
+    enough: it is bound before it listens."""
+    family = socket.AF_UNIX if isinstance(address, str) else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.settimeout(1.0)
+        try:
+            probe.connect(address)
+        except OSError:
+            return False
+        return True

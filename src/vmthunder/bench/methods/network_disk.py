@@ -1,7 +1,6 @@
 """The disk stays on one server, and every node reads it from there: NBD, iSCSI, and HTTP with what was read kept."""
 
 import shutil
-import socket
 import subprocess
 from dataclasses import dataclass, field
 from functools import partial
@@ -9,7 +8,7 @@ from pathlib import Path
 
 from vmthunder.bench.cell import Cell, Setup
 from vmthunder.bench.methods.http_server import COMPRESSED, compressed, serve_files
-from vmthunder.bench.methods.nbdfile import missing, show, show_with_qemu
+from vmthunder.bench.methods.nbdfile import accepts, missing, show, show_with_qemu
 from vmthunder.bench.reader import warm
 from vmthunder.lab.cluster import Host
 from vmthunder.vm.backing import BackingImage
@@ -37,8 +36,11 @@ class Nbd:
 
     def set_up(self, cell: Cell) -> Setup:
         address = cell.origin.address
-        argv = ["nbdkit", "--foreground", "--readonly", f"--ipaddr={address}", f"--port={_NBD_PORT}", "file"]
-        cell.start(cell.origin, [*argv, str(self._disk)], lambda _: listens(cell.origin, _NBD_PORT))
+        # nbdkit in the foreground ends with the thread that started it (PR_SET_PDEATHSIG), and what starts processes in a
+        # namespace is a thread that is soon over: timeout(1), here without a limit, stands between them.
+        argv = ["timeout", "0", "nbdkit", "--foreground", "--readonly", f"--ipaddr={address}", f"--port={_NBD_PORT}"]
+        argv += ["file", str(self._disk)]
+        cell.start(cell.origin, argv, lambda _: _listens(cell.origin, _NBD_PORT))
         return Setup([partial(show, cell, node, f"nbd://{address}:{_NBD_PORT}") for node in cell.nodes])
 
 
@@ -61,7 +63,7 @@ class Iscsi:
         address = cell.origin.address
         control = ["env", f"TGT_IPC_SOCKET={cell.short}/tgt"]
         server = [*control, "tgtd", "--foreground", "--iscsi", f"portal={address}:{_ISCSI_PORT}"]
-        cell.start(cell.origin, server, lambda _: listens(cell.origin, _ISCSI_PORT))
+        cell.start(cell.origin, server, lambda _: _listens(cell.origin, _ISCSI_PORT))
         for words in (
             f"--mode target --op new --tid 1 --targetname {_TARGET}",
             f"--mode logicalunit --op new --tid 1 --lun 1 --backing-store {self._disk}",
@@ -99,17 +101,9 @@ class CopyOnRead:
         return Setup([partial(prepare, node) for node in cell.nodes])
 
 
-def listens(host: Host, port: int) -> bool:
+def _listens(host: Host, port: int) -> bool:
     """Whether a host accepts TCP connections of its own on a port; they do not cross its link."""
-
-    def connects() -> bool:
-        try:
-            socket.create_connection((host.address, port), 1.0).close()
-        except OSError:
-            return False
-        return True
-
-    return host.run(connects)
+    return host.run(lambda: accepts((host.address, port)))
 
 
 def _no_qemu_driver(name: str) -> str | None:
