@@ -28,7 +28,7 @@ BELOW: dict[str, set[str]] = {
     "vm": {"node", "ids", "errors"},
     "fleet": {"node", "swarm", "ids", "errors"},
     "lab": {"vm", "node", "ids", "errors"},
-    "bench": {"lab", "vm", "node", "publishing", "origin", "fuse", "image", "ids", "errors"},
+    "bench": {"lab", "vm", "node", "peer", "swarm", "publishing", "origin", "fuse", "image", "ids", "errors"},
     "cli": {
         "bench",
         "sim",

@@ -29,6 +29,15 @@ connection = socket.create_connection((sys.argv[1], 7000))
 while connection.recv(1 << 20):
     pass
 """
+KNOCK = """
+import socket, sys
+try:
+    socket.create_connection((sys.argv[1], 7001), timeout=0.5)
+except ConnectionRefusedError:
+    pass  # somebody is there, though nobody listens
+except OSError:
+    sys.exit(1)
+"""
 
 
 @pytest.fixture
@@ -102,3 +111,20 @@ def test_the_command_line_makes_shows_and_ends_a_cluster(name: str, run_cli: Run
     gone = run_cli("lab", "down", "--name", name)
     assert gone.returncode == 3
     assert name in one_line(gone.stderr)
+
+
+def test_a_cluster_that_is_parted_is_silent_across_and_not_within_and_heals(name: str) -> None:
+    cluster = Cluster.create(name, 3, None)
+
+    def reaches(host: int, other: int) -> bool:
+        trying = cluster.nodes[host].start([sys.executable, "-c", KNOCK, cluster.nodes[other].address])
+        return trying.wait(timeout=10) == 0
+
+    assert reaches(0, 1)
+    for _ in range(2):
+        cluster.part(cluster.nodes[1:])
+        assert not reaches(0, 1)
+        assert reaches(1, 2)
+        cluster.heal()
+        assert reaches(0, 1)
+    cluster.remove()

@@ -143,3 +143,16 @@ def test_a_healthy_swarm_pays_at_most_five_percent_for_hedging(seed: int) -> Non
             hedged += 1
         ranking.delivered(PARENT, CHUNK, latency_s, now)
     assert hedged <= HEDGE_SHARE * 2000 + 8
+
+
+def test_a_source_is_on_trial_from_its_failure_until_it_has_delivered_enough() -> None:
+    ranking = Ranking()
+    assert not ranking.on_trial(PARENT)
+    ranking.failed(PARENT, 0)
+    assert ranking.on_trial(PARENT)
+    assert ranking.left_alone == {PARENT: 1}
+    for _ in range(ENOUGH):
+        assert ranking.on_trial(PARENT)
+        ranking.delivered(PARENT, CHUNK, 0.01, 5)
+    assert not ranking.on_trial(PARENT)
+    assert ranking.left_alone == {}

@@ -17,24 +17,42 @@ SERVER_PORT: Final = 8930
 _START_S = 60.0
 
 
+class Server:
+    """An image server on the cluster's origin. Makes the cluster key `work`/cluster.key if it is not there."""
+
+    def __init__(self, cluster: Cluster, root: Path, work: Path, *options: str, port: int = SERVER_PORT) -> None:
+        self.url: Final = f"http://{cluster.origin.address}:{port}"
+        self._log = work / f"server-{port}.log"
+        argv = [
+            *VMTHUNDER,
+            "server",
+            f"--root={root}",
+            f"--listen={cluster.origin.address}:{port}",
+            f"--cluster-key={work / 'cluster.key'}",
+            *options,
+        ]
+        self._start = partial(cluster.origin.run, partial(Process, "image server", argv, self._log))
+        self.process = self._start()
+
+    def wait(self) -> None:
+        """Until it serves. Raises Failure."""
+        self.process.wait_until(lambda: "listening on " in self._log.read_text(), _START_S)
+
+    def start(self) -> None:
+        """Begin again, after its process was killed. Raises Failure."""
+        self.process = self._start()
+        self.wait()
+
+
 @contextmanager
-def serving(cluster: Cluster, root: Path, work: Path, *options: str) -> Iterator[tuple[str, Process]]:
-    """The image server on the cluster's origin, and its URL. Makes the cluster key `work`/cluster.key."""
-    log = work / "server.log"
-    argv = [
-        *VMTHUNDER,
-        "server",
-        f"--root={root}",
-        f"--listen={cluster.origin.address}:{SERVER_PORT}",
-        f"--cluster-key={work / 'cluster.key'}",
-        *options,
-    ]
-    server = cluster.origin.run(partial(Process, "image server", argv, log))
+def serving(cluster: Cluster, root: Path, work: Path, *options: str, port: int = SERVER_PORT) -> Iterator[Server]:
+    """A server for the length of a `with` block, once it serves."""
+    server = Server(cluster, root, work, *options, port=port)
     try:
-        server.wait_until(lambda: "listening on " in log.read_text(), _START_S)
-        yield f"http://{cluster.origin.address}:{SERVER_PORT}", server
+        server.wait()
+        yield server
     finally:
-        server.stop()
+        server.process.stop()
 
 
 @contextmanager

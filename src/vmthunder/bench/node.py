@@ -5,7 +5,7 @@ Everything started here is ended when its `with` block is left, in whatever way.
 
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -23,16 +23,22 @@ _PUBLISH_S = 3600.0
 _LISTENING = "listening on "
 
 
-@dataclass(frozen=True)
+@dataclass
 class Node:
     """A compute node."""
 
     process: Process
     client: AgentClient
+    start: Callable[[], Process]
 
     def wait(self) -> None:
         """Until it serves. Raises Failure."""
         self.process.wait_until(partial(_serves, self.client), _START_S)
+
+    def kill_and_start(self) -> None:
+        """Keeper and worker die together; a new agent begins with what they left on disk."""
+        self.process.kill()
+        self.process = self.start()
 
 
 def publish(source: Path, name: str, origin: Path, *options: str) -> None:
@@ -94,11 +100,12 @@ def starting_node(
                 *options,
             ]
             start = partial(Process, "agent", argv, directory / "agent.log")
-            process = host.run(start) if host else start()
+            begin = partial(host.run, start) if host else start
+            node = Node(begin(), AgentClient(control_socket(Path(run_dir))), begin)
             try:
-                yield Node(process, AgentClient(control_socket(Path(run_dir))))
+                yield node
             finally:
-                process.stop()
+                node.process.stop()
     finally:
         shutil.rmtree(directory, ignore_errors=True)
 

@@ -65,6 +65,11 @@ class Process:
         except subprocess.TimeoutExpired:
             raise Failure(f"{self.label} took longer than {timeout_s:.0f} s") from None
 
+    def kill(self) -> None:
+        """SIGKILL to it and to all that it started, at once."""
+        os.killpg(self.pid, signal.SIGKILL)
+        self._popen.wait()
+
     def reap(self, timeout_s: float) -> tuple[int, float]:
         """Its exit status, and the CPU seconds of it and of what it has waited for. Raises Failure when it runs longer."""
         killer = threading.Timer(timeout_s, self._popen.kill)
@@ -83,8 +88,7 @@ class Process:
             self._popen.wait(_STOP_S)
         except subprocess.TimeoutExpired:
             # Its session holds all its descendants, and its pid is ours until it is waited for.
-            os.killpg(self.pid, signal.SIGKILL)
-            self._popen.wait()
+            self.kill()
 
 
 @contextmanager

@@ -112,8 +112,8 @@ def _measure(nodes: int, rate: Rate, size_bytes: int, origin: Path, variant: Var
     cluster = Cluster.create(f"bench{os.getpid()}", nodes, rate)
     try:
         with (
-            serving(cluster, origin, work, *variant.server) as (url, _),
-            fleet(cluster.nodes, url, work, 2 * size_bytes, *variant.agent) as agents,
+            serving(cluster, origin, work, *variant.server) as server,
+            fleet(cluster.nodes, server.url, work, 2 * size_bytes, *variant.agent) as agents,
         ):
             paths = [Path(node.client.resolve(_IMAGE)["path"]) for node in agents]
             before, cpu_before_s = cluster.counters(), cpu_s(node.process.pid for node in agents)

@@ -14,6 +14,7 @@ from vmthunder.cli.main import LazyGroup
         "boot": "vmthunder.cli.bench_boot:boot",
         "publish": "vmthunder.cli.bench_publish:publish",
         "storm": "vmthunder.cli.bench_storm:storm",
+        "faults": "vmthunder.cli.bench_faults:faults",
         "rivals": "vmthunder.cli.bench_rivals:rivals",
         "spread": "vmthunder.cli.bench_spread:spread",
     },

@@ -32,6 +32,8 @@ ORIGIN: Final = "origin"
 
 _PREFIX = "vmthunder-"
 _SWITCH = "switch"
+_BRIDGE = "bridge"
+_OTHER_BRIDGE = "bridge2"
 _BASE = IPv4Address("198.18.0.1")
 """The origin's; nodes follow. 198.18.0.0/15 is the range for benchmarks (RFC 2544), routed by nobody."""
 _PREFIX_BITS = 15
@@ -131,6 +133,21 @@ class Cluster:
         """Bytes over each host's link, from its interface's counters."""
         return {name: host.counters() for name, host in self.hosts.items()}
 
+    def part(self, hosts: Sequence[Host]) -> None:
+        """Cut some hosts off from the others, without a word to either side; among themselves they stay connected."""
+        self._switch(partial(_plug, _OTHER_BRIDGE, [host.name for host in hosts]))
+
+    def heal(self) -> None:
+        """Connect all hosts again."""
+        self._switch(partial(_plug, _BRIDGE, list(self.hosts)))
+
+    def _switch(self, action: Callable[[], None]) -> None:
+        switch = NetworkNamespace.open(_full(self.name, _SWITCH))
+        try:
+            switch.run(action)
+        finally:
+            switch.close()
+
     def close(self) -> None:
         """Let go of the cluster, which stays up."""
         for host in self.hosts.values():
@@ -193,10 +210,22 @@ def _namespaces(cluster: str) -> list[Path]:
 
 def _make_bridge() -> int:
     with IPRoute() as netlink:
-        netlink.link("add", ifname="bridge", kind="bridge")
-        index: int = netlink.link_lookup(ifname="bridge")[0]
-        netlink.link("set", index=index, state="up")
-        return index
+        return _add_bridge(netlink, _BRIDGE)
+
+
+def _add_bridge(netlink: IPRoute, name: str) -> int:
+    netlink.link("add", ifname=name, kind="bridge")
+    index: int = netlink.link_lookup(ifname=name)[0]
+    netlink.link("set", index=index, state="up")
+    return index
+
+
+def _plug(bridge: str, hosts: Sequence[str]) -> None:
+    with IPRoute() as netlink:
+        found = netlink.link_lookup(ifname=bridge)
+        master = found[0] if found else _add_bridge(netlink, bridge)
+        for host in hosts:
+            netlink.link("set", index=netlink.link_lookup(ifname=host)[0], master=master)
 
 
 def _make_port(bridge: int, host: str, host_namespace: int, rate: Rate | None) -> None:

@@ -80,5 +80,6 @@ class Peering:
             "sent_bytes": self._relay.sent_bytes if self._relay else 0,
             "refused": self._relay.refused if self._relay else 0,
             "hedges": self.source.ranking.hedges,
+            "left_alone": {node.hex(): times for node, times in self.source.ranking.left_alone.items()},
             "banned": sorted(node.hex() for node in self.source.ranking.banned),
         }

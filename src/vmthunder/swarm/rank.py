@@ -87,6 +87,18 @@ class Ranking:
         """Sources that sent a wrong byte; to be reported."""
         return frozenset(self._banned)
 
+    @property
+    def left_alone(self) -> dict[NodeId, int]:
+        """Sources that failed, or were slow, when they were asked last → how many times in a row; to be reported."""
+        return {
+            source: record.strikes for source, record in self._records.items() if source is not None and record.strikes
+        }
+
+    def on_trial(self, source: Source) -> bool:
+        """Whether a source failed, or was slow, and has not delivered enough since."""
+        record = self._records.get(source)
+        return record is not None and record.strikes > 0
+
     def usable(self, source: Source, now: float) -> bool:
         """Whether a source may be asked: neither banned nor to be left alone."""
         if source is None:

@@ -13,8 +13,12 @@ from vmthunder.swarm.rank import Ranking, Source
 
 GIVE_UP_S: Final = 0.8
 """A source that has not answered for so long, and twice as long as what is late, is taken for dead."""
+GIVE_UP_TRIAL_S: Final = 0.2
+"""The same for a source that failed when it was asked last: readers that try it again must not wait as long again."""
 GIVE_UP_BACKGROUND_S: Final = 5.0
 """The same where nobody waits: an honest peer answers those first for whom somebody does."""
+_ROUNDING_S: Final = 1e-6
+"""Who waits for just as long as `patience_s` says must not be told to wait on for what was lost in rounding."""
 
 
 class Ask(NamedTuple):
@@ -62,14 +66,14 @@ class Search:
             return None
         waited_s = now - self._since
         late_s = self._dead_s() if self._background else self._ranking.hedge_after_s(self._latest)
-        return max(0.0, (late_s if waited_s < late_s else self._dead_s()) - waited_s)
+        return max(0.0, (late_s if waited_s < late_s - _ROUNDING_S else self._dead_s()) - waited_s)
 
     def late(self, now: float, size_bytes: int) -> Ask | None:
         """No answer in time: the latest source is dead, or a second one is asked beside it if so many bytes may be.
 
         Never the origin: nodes that are late are late together, and each would take a copy that it sends only once.
         """
-        if now - self._since >= self._dead_s():
+        if now - self._since >= self._dead_s() - _ROUNDING_S:
             self._ranking.failed(self._latest, now)
         elif self._background or self._todo[0] is None or not self._ranking.may_hedge(size_bytes):
             return None
@@ -99,4 +103,5 @@ class Search:
     def _dead_s(self) -> float:
         if self._background:
             return GIVE_UP_BACKGROUND_S
-        return max(GIVE_UP_S, 2 * self._ranking.hedge_after_s(self._latest))
+        least_s = GIVE_UP_TRIAL_S if self._ranking.on_trial(self._latest) else GIVE_UP_S
+        return max(least_s, 2 * self._ranking.hedge_after_s(self._latest))

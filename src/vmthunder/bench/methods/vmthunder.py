@@ -55,9 +55,9 @@ class VMThunder:
     def set_up(self, cell: Cell) -> Setup:
         if self.profile is Profile.NONE:
             asyncio.run(_forget(self._root))
-        url, server = cell.stack.enter_context(serving(cell.cluster, self._root, cell.work, *self.server_options))
-        agents = cell.stack.enter_context(fleet(cell.nodes, url, cell.work, _CACHE_BYTES, *self.agent_options))
-        cell.pids += [server.pid, *(node.process.pid for node in agents)]
+        server = cell.stack.enter_context(serving(cell.cluster, self._root, cell.work, *self.server_options))
+        agents = cell.stack.enter_context(fleet(cell.nodes, server.url, cell.work, _CACHE_BYTES, *self.agent_options))
+        cell.pids += [server.process.pid, *(node.process.pid for node in agents)]
 
         def figures() -> dict[str, float]:
             found = _figures([node.client.status() for node in agents])
