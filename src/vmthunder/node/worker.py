@@ -51,7 +51,6 @@ from vmthunder.node.source import OriginSource
 from vmthunder.node.stall import Stall
 from vmthunder.node.status import Status
 from vmthunder.origin.origin import Origin
-from vmthunder.origin.ranges import RangeReader
 from vmthunder.profile.client import ProfileClient
 from vmthunder.swarm.identity import node_id
 from vmthunder.swarm.key import ClusterKey
@@ -105,9 +104,7 @@ async def _serve(settings: AgentSettings, handoff: Handoff) -> Leave:
             cache.pin(frozenset[ChunkId]().union(*pins.values()))
             await asyncio.to_thread(cache.recover)
             decoded = DecodedChunks(settings.decoded_bytes)
-            ranges = RangeReader(origin, key and key.token)
-            stack.callback(ranges.close)
-            origin_source = OriginSource(ranges)
+            origin_source = OriginSource(origin)
             peers = None if key is None or settings.tracker is None else Peers(settings, key, origin_source, reads)
             fetcher = Fetcher(peers.source if peers else origin_source, cache, decoded)
             stall = Stall(time.monotonic)
