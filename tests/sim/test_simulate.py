@@ -55,6 +55,7 @@ def test_every_node_gets_each_chunk_and_nothing_beats_the_bound(
 
 
 def test_the_same_seed_gives_the_same_and_another_seed_another() -> None:
+    assert run(PLAIN) == run(PLAIN)
     first = run(LOSSY)
     assert run(LOSSY) == first
     assert first.times_s != run(replace(LOSSY, seed=2)).times_s

@@ -86,7 +86,7 @@ async def test_160_nodes_that_open_an_image_in_one_second_all_have_parents_in_it
         origin_asked = [stripe for links in parents for stripe, parent in enumerate(links) if parent is None]
         assert sorted(origin_asked) == list(range(16))  # each stripe leaves the origin once
         print(f"160 nodes: last view after {took - 159 / 160:.3f} s")
-        assert took < 159 / 160 + 10  # 0.1 s on a quiet machine: how fast it is, is for benchmarks to say
+        assert took < 159 / 160 + 1
 
 
 @pytest.mark.asyncio
