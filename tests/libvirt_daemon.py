@@ -1,4 +1,4 @@
-"""A real libvirtd of the system kind, which the machine does not notice.
+"""A real libvirtd, run as root, which the machine does not notice.
 
 It runs in mount, network and process namespaces of its own: configuration, state and sockets of an installed libvirtd are
 hidden from it, it touches no firewall, and killing it ends its guests, too. Guests run as `libvirt-qemu`, as they do on a
@@ -6,17 +6,24 @@ compute node.
 """
 
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from agents import Lab, eventually, output_of
 
+# Directories of tests are closed to others; this one is put on a path that guests' user may pass.
 # No system bus in /run, so nothing is told to an init system. A distribution's package makes the user only with the services.
 # The shell stays, as process 1: QEMU detaches itself, and somebody has to reap it.
 _NAMESPACE = """set -e
+umask 022
 for directory in /run /var/lib /var/cache /var/log /etc/libvirt; do mount -t tmpfs tmpfs $directory; done
-mkdir /run/lock
+mkdir /run/lock /run/node
+mount --rbind "$1" /run/node
+mount -t tmpfs tmpfs "$2"
+mkdir -p "$1"
+mount --rbind /run/node "$1"
 for file in passwd group; do cp /etc/$file /run/$file; done
 grep -q ^libvirt-qemu: /run/passwd || echo libvirt-qemu:x:64055:64055::/nonexistent:/bin/false >> /run/passwd
 grep -q ^libvirt-qemu: /run/group || echo libvirt-qemu:x:64055: >> /run/group
@@ -53,9 +60,9 @@ class Libvirt:
 
 @contextmanager
 def running(lab: Lab, directory: Path) -> Iterator[Libvirt]:
-    """`directory`, of a short path, is for its socket and log. It sees the mounts that are there when it starts."""
+    """`directory` is all that it sees of the tests: its socket and log, disks, and the mounts that are there by now."""
     namespaces = ["--mount", "--net", "--pid", "--fork", "--kill-child", "--mount-proc"]
-    daemon = lab.child("unshare", *namespaces, "sh", "-c", _NAMESPACE, "sh", directory)
+    daemon = lab.child("unshare", *namespaces, "sh", "-c", _NAMESPACE, "sh", directory, tempfile.gettempdir())
     try:
         libvirt = Libvirt(directory)
         eventually(lambda: libvirt.answers() or daemon.poll() is not None, "libvirtd answers")

@@ -4,12 +4,9 @@ import hashlib
 import json
 import os
 import re
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-
-import pytest
 
 from agents import Agent, Lab, alive, eventually, output_of, run_vmthunder
 from glance_server import GlanceServer
@@ -37,14 +34,6 @@ DOMAIN = """<domain type="qemu">
     <serial type="pty"><log file="{console}" append="off"/></serial>
   </devices>
 </domain>"""
-
-
-@pytest.fixture
-def compute_node() -> Iterator[Path]:
-    """A directory that guests' own user may pass, which those of tests are not. Made before `lab`, whose mount is in it."""
-    with tempfile.TemporaryDirectory(prefix="vmthunder-nova-") as name:
-        os.chmod(name, 0o755)
-        yield Path(name)
 
 
 class Console:
@@ -83,7 +72,7 @@ def started(libvirt: Libvirt, domain: Path, log: Path) -> Console:
 
 
 def test_a_guest_of_nova_and_libvirt_outlives_its_image_in_glance_and_our_worker(
-    compute_node: Path, lab: Lab, cloud: GlanceServer, nova_python: Path, busybox: GuestDisk
+    lab: Lab, cloud: GlanceServer, nova_python: Path, busybox: GuestDisk
 ) -> None:
     unread = os.urandom(UNREAD_BYTES)
     source = lab.directory / "guest"
@@ -93,6 +82,8 @@ def test_a_guest_of_nova_and_libvirt_outlives_its_image_in_glance_and_our_worker
     image = cloud.upload(source, "raw")
     sync(lab)
 
+    compute_node = lab.directory / "node"
+    compute_node.mkdir(mode=0o755)
     instances = compute_node / "instances"
     base = instances / "_base"
     base.mkdir(parents=True)
