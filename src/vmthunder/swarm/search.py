@@ -27,6 +27,12 @@ class Ask(NamedTuple):
     source: Source
 
 
+class _Question(NamedTuple):
+    at_s: float
+    answers: int
+    """That the source had given before."""
+
+
 class Search:
     """Whom to ask for a chunk, who was asked, and since when."""
 
@@ -46,7 +52,7 @@ class Search:
         self._members = members
         self._background = self._began_background = background
         self._todo = deque(ranking.rank(ancestors, (), now))
-        self._asked: dict[Source, float] = {}  # everybody who was, with the time
+        self._asked: dict[Source, _Question] = {}  # everybody who was
         self._latest: Source = None
         self._since = now
 
@@ -55,7 +61,8 @@ class Search:
         while self._todo:
             source = self._todo.popleft()
             if source not in self._asked:
-                self._asked[source] = self._since = now
+                self._asked[source] = _Question(now, self._ranking.answers(source))
+                self._since = now
                 self._latest = source
                 return Ask(source)
         return None
@@ -89,7 +96,9 @@ class Search:
     def delivered(self, source: Source, size_bytes: int, now: float) -> None:
         """It came from this source."""
         if not self._began_background:  # what may wait says nothing of how long a guest would
-            self._ranking.delivered(source, size_bytes, now - self._asked[source], now)
+            asked = self._asked[source]
+            others = max(0, self._ranking.answers(source) - asked.answers)
+            self._ranking.delivered(source, size_bytes, now - asked.at_s, now, others)
 
     def failed(self, source: Source, now: float) -> None:
         """A source was lost."""
