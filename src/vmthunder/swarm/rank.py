@@ -83,10 +83,11 @@ class _Pace:
 
 
 class _Record:
-    __slots__ = ("alone_until", "answers", "pace", "strikes")
+    __slots__ = ("alone_until", "answers", "heard_s", "pace", "strikes")
 
     def __init__(self) -> None:
         self.answers = 0  # of all time
+        self.heard_s = -float("inf")  # when the last one came
         self.pace = _Pace()
         self.alone_until = -float("inf")
         self.strikes = 0  # times in a row that it was left alone
@@ -160,11 +161,21 @@ class Ranking:
         record = self._records.get(source)
         return 0 if record is None else record.answers
 
+    def heard_s(self, source: Source) -> float:
+        """When a source sent a good chunk last; long ago if never."""
+        record = self._records.get(source)
+        return -float("inf") if record is None else record.heard_s
+
+    def silent_s(self) -> float:
+        """How long a source that lives may say nothing to somebody who waits for it: twice what is slow for all."""
+        return 2 * SLOW_FACTOR * self._all.turns.quantile(0.5) if len(self._window) >= ENOUGH else 2 * HEDGE_UNKNOWN_S
+
     def delivered(self, source: Source, size_bytes: int, latency_s: float, now: float, others: int = 0) -> None:
         """A source sent a good chunk, and `others` while this one was waited for. One that is slow is left alone for a while."""
         self._hedge_bytes = min(HEDGE_BURST_BYTES, self._hedge_bytes + HEDGE_SHARE * size_bytes)
         record = self._record(source)
         record.answers += 1
+        record.heard_s = now
         turn_s = latency_s / (1 + others)
         self._remember(record.pace, latency_s, turn_s)
         if len(record.pace.turns) < ENOUGH:
