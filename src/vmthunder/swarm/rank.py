@@ -171,7 +171,7 @@ class Ranking:
         return 2 * SLOW_FACTOR * self._all.turns.quantile(0.5) if len(self._window) >= ENOUGH else 2 * HEDGE_UNKNOWN_S
 
     def delivered(self, source: Source, size_bytes: int, latency_s: float, now: float, others: int = 0) -> None:
-        """A source sent a good chunk, and `others` while this one was waited for. One that is slow is left alone for a while."""
+        """A source sent a good chunk, and `others` while this one was waited for. Who is slow is left alone for a while."""
         self._hedge_bytes = min(HEDGE_BURST_BYTES, self._hedge_bytes + HEDGE_SHARE * size_bytes)
         record = self._record(source)
         record.answers += 1

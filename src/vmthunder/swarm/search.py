@@ -12,8 +12,8 @@ from vmthunder.ids import NodeId
 from vmthunder.swarm.rank import Ranking, Source
 
 GIVE_UP_S: Final = 0.8
-"""A source that has been silent for so long, and for `Ranking.silent_s`, is taken for dead. One that sends other chunks meanwhile is not:
-a window that waits for one source takes long, and each reader that turns away from it makes the crowd at the next."""
+"""A source that has been silent for so long, and for `Ranking.silent_s`, is taken for dead. One that sends other chunks
+meanwhile is not: each reader that turns away from a crowd makes the next one."""
 GIVE_UP_TRIAL_S: Final = 0.2
 """The same for a source that failed when it was asked last: readers that try it again must not wait as long again."""
 GIVE_UP_FORGOTTEN_S: Final = 5.0
@@ -74,9 +74,11 @@ class Search:
         """How long to wait for an answer before `late`; None: for as long as it takes, there is nobody else."""
         if not self._todo:
             return None
+        next_s = self._dead_at_s()
         late_s = self._since + self._ranking.hedge_after_s(self._latest)
-        wanted_s = self._dead_at_s() if self._background or now > late_s - _ROUNDING_S else min(late_s, self._dead_at_s())
-        return max(0.0, wanted_s - now)
+        if not self._background and now < late_s - _ROUNDING_S:
+            next_s = min(next_s, late_s)
+        return max(0.0, next_s - now)
 
     def late(self, now: float, size_bytes: int) -> Ask | None:
         """No answer in time: the latest source is dead, or a second one is asked beside it if so many bytes may be.
