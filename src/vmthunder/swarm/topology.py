@@ -137,7 +137,7 @@ class Topology:
         *deputy*: when a gateway is dead, its children turn to one of them instead of all to the outside. The deputy
         takes the stripe from the gateway itself, so nobody can be sent round in a circle.
         """
-        seat = self._seats[member]
+        own = seat = self._seats[member]
         chain: list[NodeId] = []
         while True:
             members = self._racks[seat.rack].members
@@ -148,6 +148,10 @@ class Topology:
                 chain.append(members[place])
                 above = self._above(place, stripe, len(members))
             deputy = (place + 1) % len(members)
+            if seat == own and own.place not in (place, deputy):
+                stand_in = self._stand_in(own.place, stripe, len(members))
+                if stand_in is not None:
+                    chain.insert(1, members[stand_in])
             if seat.place not in (place, deputy) and members[deputy] not in chain:
                 chain.append(members[deputy])
             outside = self._outside(seat.rack, stripe)
@@ -155,6 +159,17 @@ class Topology:
                 return chain
             chain.append(self._racks[outside.rack].members[outside.place])
             seat = outside
+
+    def _stand_in(self, place: int, stripe: int, count: int) -> int | None:
+        """The seat that a leaf turns to when who it takes `stripe` from does not deliver."""
+        stripes = self.stripes
+        if place >= stripes:
+            return None if place % stripes == stripe else place - stripes
+        root = stripe % count if count < stripes else stripe
+        if count >= stripes and place < root:
+            return None
+        nth = (place - root) % count
+        return (root + nth // 2) % count if nth > 1 else None
 
     def _above_seat(self, seat: Seat, stripe: int) -> Seat | None:
         above = self._above(seat.place, stripe, len(self._racks[seat.rack].members))
