@@ -133,9 +133,10 @@ class Topology:
     def ancestors(self, member: NodeId, stripe: int) -> list[NodeId]:
         """Whom to ask for a chunk of a stripe, in this order; after the last of them, the origin.
 
-        The stripe's parent, its parent, and so on. The last one before each way out of a rack is the gateway's
-        *deputy*: when a gateway is dead, its children turn to one of them instead of all to the outside. The deputy
-        takes the stripe from the gateway itself, so nobody can be sent round in a circle.
+        The stripe's parent, a leaf's *stand-in* for it, the parent's parent, and so on. A stand-in is another leaf, so that
+        the many leaves of a slow or dead forwarder do not all turn to the next forwarder. The last one before each way out
+        of a rack is the gateway's *deputy*: when a gateway is dead, its children turn to one of them instead of all to the
+        outside. The deputy takes the stripe from the gateway itself, so nobody can be sent round in a circle.
         """
         own = seat = self._seats[member]
         chain: list[NodeId] = []
@@ -161,7 +162,9 @@ class Topology:
             seat = outside
 
     def _stand_in(self, place: int, stripe: int, count: int) -> int | None:
-        """The seat that a leaf turns to when who it takes `stripe` from does not deliver."""
+        """The seat that a leaf turns to when who it takes `stripe` from does not deliver: in the row before, or in row 0, where
+        all but the first founders take it from the gateway, along a binary tree below the deputy. Always nearer to the
+        gateway in the order of seats; forwarders and the deputy have none, so nobody is sent round in a circle."""
         stripes = self.stripes
         if place >= stripes:
             return None if place % stripes == stripe else place - stripes
