@@ -88,6 +88,15 @@ def test_a_source_at_a_twentieth_of_the_rate_cools_down() -> None:
     assert ranking.rank([PARENT, GRANDPARENT], [], 0) == [GRANDPARENT, None]
 
 
+def test_a_source_that_is_crowded_is_not_slow() -> None:
+    ranking = Ranking()
+    for _ in range(10 * ENOUGH):
+        for source in (GRANDPARENT, OTHER):
+            ranking.delivered(source, CHUNK, 0.01, 0)
+        ranking.delivered(PARENT, CHUNK, 0.4, 0, others=39)
+        assert ranking.rank([PARENT, GRANDPARENT], [], 0) == [PARENT, GRANDPARENT, None]
+
+
 def test_a_burst_that_delays_all_makes_nobody_slow() -> None:
     ranking = Ranking()
     for _ in range(30):

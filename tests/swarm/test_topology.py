@@ -95,6 +95,16 @@ def test_ancestors_begin_with_the_parent_and_name_nobody_twice(topology: Topolog
         assert len({member, *chain}) == len(chain) + 1
 
 
+@pytest.mark.parametrize("stripe", range(DEFAULT_STRIPES))
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_those_whose_forwarder_does_not_deliver_do_not_crowd_at_another(stripe: int, place: int) -> None:
+    topology = swarm(64, DEFAULT_STRIPES, DEFAULT_FANOUT)
+    slow = node(stripe + place * DEFAULT_STRIPES)
+    leaves = [leaf for leaf in map(node, range(64)) if topology.parent(leaf, stripe) == slow]
+    turn_to = Counter(next((up for up in topology.ancestors(leaf, stripe) if up != slow), None) for leaf in leaves)
+    assert max(turn_to.values()) <= 6
+
+
 @given(topologies(racks=st.just("")))
 def test_a_member_forwards_in_one_stripe_only(topology: Topology) -> None:
     if len(topology) < topology.stripes:
@@ -128,7 +138,7 @@ def test_the_way_to_the_origin_is_logarithmic(count: int) -> None:
     topology = swarm(count, DEFAULT_STRIPES, DEFAULT_FANOUT)
     last = [node(number) for number in range(max(0, count - 64), count)]
     rows = -(-count // DEFAULT_STRIPES)
-    # A leaf, its way up the heap of rows, and the deputy.
+    # A leaf, its stand-in, its way up the heap of rows, and the deputy.
     assert max(len(topology.ancestors(member, 3)) for member in last) <= rows.bit_length() + 2
 
 

@@ -12,9 +12,12 @@ from vmthunder.ids import NodeId
 from vmthunder.swarm.rank import Ranking, Source
 
 GIVE_UP_S: Final = 0.8
-"""A source that has not answered for so long, and twice as long as what is late, is taken for dead."""
+"""A source that has been silent for so long, and for `Ranking.silent_s`, is taken for dead. One that sends other chunks
+meanwhile is not: each reader that turns away from a crowd makes the next one."""
 GIVE_UP_TRIAL_S: Final = 0.2
 """The same for a source that failed when it was asked last: readers that try it again must not wait as long again."""
+GIVE_UP_FORGOTTEN_S: Final = 5.0
+"""The same for one that is not silent: it has forgotten the question if it takes so long, and twice as long as what is late."""
 GIVE_UP_BACKGROUND_S: Final = 5.0
 """The same where nobody waits: an honest peer answers those first for whom somebody does."""
 _ROUNDING_S: Final = 1e-6
@@ -25,6 +28,12 @@ class Ask(NamedTuple):
     """An instruction: ask this source too."""
 
     source: Source
+
+
+class _Question(NamedTuple):
+    at_s: float
+    answers: int
+    """That the source had given before."""
 
 
 class Search:
@@ -46,7 +55,7 @@ class Search:
         self._members = members
         self._background = self._began_background = background
         self._todo = deque(ranking.rank(ancestors, (), now))
-        self._asked: dict[Source, float] = {}  # everybody who was, with the time
+        self._asked: dict[Source, _Question] = {}  # everybody who was
         self._latest: Source = None
         self._since = now
 
@@ -55,7 +64,8 @@ class Search:
         while self._todo:
             source = self._todo.popleft()
             if source not in self._asked:
-                self._asked[source] = self._since = now
+                self._asked[source] = _Question(now, self._ranking.answers(source))
+                self._since = now
                 self._latest = source
                 return Ask(source)
         return None
@@ -64,16 +74,18 @@ class Search:
         """How long to wait for an answer before `late`; None: for as long as it takes, there is nobody else."""
         if not self._todo:
             return None
-        waited_s = now - self._since
-        late_s = self._dead_s() if self._background else self._ranking.hedge_after_s(self._latest)
-        return max(0.0, (late_s if waited_s < late_s - _ROUNDING_S else self._dead_s()) - waited_s)
+        next_s = self._dead_at_s()
+        late_s = self._since + self._ranking.hedge_after_s(self._latest)
+        if not self._background and now < late_s - _ROUNDING_S:
+            next_s = min(next_s, late_s)
+        return max(0.0, next_s - now)
 
     def late(self, now: float, size_bytes: int) -> Ask | None:
         """No answer in time: the latest source is dead, or a second one is asked beside it if so many bytes may be.
 
         Never the origin: nodes that are late are late together, and each would take a copy that it sends only once.
         """
-        if now - self._since >= self._dead_s() - _ROUNDING_S:
+        if now >= self._dead_at_s() - _ROUNDING_S:
             self._ranking.failed(self._latest, now)
         elif self._background or self._todo[0] is None or not self._ranking.may_hedge(size_bytes):
             return None
@@ -89,7 +101,9 @@ class Search:
     def delivered(self, source: Source, size_bytes: int, now: float) -> None:
         """It came from this source."""
         if not self._began_background:  # what may wait says nothing of how long a guest would
-            self._ranking.delivered(source, size_bytes, now - self._asked[source], now)
+            asked = self._asked[source]
+            others = max(0, self._ranking.answers(source) - asked.answers)
+            self._ranking.delivered(source, size_bytes, now - asked.at_s, now, others)
 
     def failed(self, source: Source, now: float) -> None:
         """A source was lost."""
@@ -100,8 +114,11 @@ class Search:
         if hint in self._members and self._ranking.usable(hint, now):
             self._todo.appendleft(hint)
 
-    def _dead_s(self) -> float:
+    def _dead_at_s(self) -> float:
+        """When the latest source is taken for dead, if it says nothing until then."""
         if self._background:
-            return GIVE_UP_BACKGROUND_S
+            return self._since + GIVE_UP_BACKGROUND_S
         least_s = GIVE_UP_TRIAL_S if self._ranking.on_trial(self._latest) else GIVE_UP_S
-        return max(least_s, 2 * self._ranking.hedge_after_s(self._latest))
+        silent_s = max(self._since, self._ranking.heard_s(self._latest)) + max(least_s, self._ranking.silent_s())
+        forgotten_s = max(GIVE_UP_FORGOTTEN_S, 2 * self._ranking.hedge_after_s(self._latest))
+        return min(silent_s, self._since + forgotten_s)

@@ -133,11 +133,12 @@ class Topology:
     def ancestors(self, member: NodeId, stripe: int) -> list[NodeId]:
         """Whom to ask for a chunk of a stripe, in this order; after the last of them, the origin.
 
-        The stripe's parent, its parent, and so on. The last one before each way out of a rack is the gateway's
-        *deputy*: when a gateway is dead, its children turn to one of them instead of all to the outside. The deputy
-        takes the stripe from the gateway itself, so nobody can be sent round in a circle.
+        The stripe's parent, a leaf's *stand-in* for it, the parent's parent, and so on. A stand-in is another leaf, so that
+        the many leaves of a slow or dead forwarder do not all turn to the next forwarder. The last one before each way out
+        of a rack is the gateway's *deputy*: when a gateway is dead, its children turn to one of them instead of all to the
+        outside. The deputy takes the stripe from the gateway itself, so nobody can be sent round in a circle.
         """
-        seat = self._seats[member]
+        own = seat = self._seats[member]
         chain: list[NodeId] = []
         while True:
             members = self._racks[seat.rack].members
@@ -148,6 +149,10 @@ class Topology:
                 chain.append(members[place])
                 above = self._above(place, stripe, len(members))
             deputy = (place + 1) % len(members)
+            if seat == own and own.place not in (place, deputy):
+                stand_in = self._stand_in(own.place, stripe, len(members))
+                if stand_in is not None:
+                    chain.insert(1, members[stand_in])
             if seat.place not in (place, deputy) and members[deputy] not in chain:
                 chain.append(members[deputy])
             outside = self._outside(seat.rack, stripe)
@@ -155,6 +160,19 @@ class Topology:
                 return chain
             chain.append(self._racks[outside.rack].members[outside.place])
             seat = outside
+
+    def _stand_in(self, place: int, stripe: int, count: int) -> int | None:
+        """The seat that a leaf turns to when who it takes `stripe` from does not deliver: in the row before, or in row 0, where
+        all but the first founders take it from the gateway, along a binary tree below the deputy. Always nearer to the
+        gateway in the order of seats; forwarders and the deputy have none, so nobody is sent round in a circle."""
+        stripes = self.stripes
+        if place >= stripes:
+            return None if place % stripes == stripe else place - stripes
+        root = stripe % count if count < stripes else stripe
+        if count >= stripes and place < root:
+            return None
+        nth = (place - root) % count
+        return (root + nth // 2) % count if nth > 1 else None
 
     def _above_seat(self, seat: Seat, stripe: int) -> Seat | None:
         above = self._above(seat.place, stripe, len(self._racks[seat.rack].members))
