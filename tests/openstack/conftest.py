@@ -3,11 +3,13 @@
 import fcntl
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from agents import lab
+from glance_server import GlanceServer, serving
 
 __all__ = ["lab"]
 
@@ -49,3 +51,17 @@ def nova_python() -> Path:
 def glance_python() -> Path:
     """A Python that imports Glance, and a web server for it."""
     return environment("glance==33.0.0", "gunicorn")
+
+
+@pytest.fixture(scope="module")
+def glance(glance_python: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[GlanceServer]:
+    with serving(glance_python, tmp_path_factory.mktemp("glance") / "work") as server:
+        yield server
+
+
+@pytest.fixture
+def cloud(glance: GlanceServer, monkeypatch: pytest.MonkeyPatch) -> GlanceServer:
+    """That Glance, where our commands find it."""
+    for name, value in glance.environ.items():
+        monkeypatch.setenv(name, value)
+    return glance

@@ -29,6 +29,7 @@ CONF.set_override("instances_path", INSTANCES)
 nova.privsep.sys_admin_pctxt.set_client_mode(False)
 objects.register_all()
 CONTEXT = nova_context.get_admin_context()
+MAPPING = {"bus": "virtio", "dev": "vda", "type": "disk"}
 GLANCE = mock.Mock()
 GLANCE.download.side_effect = GLANCE.get.side_effect = AssertionError("Nova asked Glance")
 
@@ -37,12 +38,13 @@ def new_disk(name="disk", kind="qcow2"):
     CONF.set_override("images_type", kind, group="libvirt")
     instance = objects.Instance(context=CONTEXT, uuid=str(uuid.uuid4()), trusted_certs=None)
     os.makedirs(libvirt_utils.get_instance_path(instance))
-    return imagebackend.Backend(True).by_name(instance, name)
+    return imagebackend.Backend(True).by_name(instance, name, disk_info_mapping=MAPPING)
 
 
 def tell(disk):
     info = subprocess.check_output(["qemu-img", "info", "-U", "--output=json", disk.path])
-    print(json.dumps(json.loads(info) | {"path": disk.path, "downloads": GLANCE.download.call_count}))
+    xml = disk.libvirt_info("none", {}).to_xml()
+    print(json.dumps(json.loads(info) | {"path": disk.path, "xml": xml, "downloads": GLANCE.download.call_count}))
 
 
 def root(image, kind, size):

@@ -1,13 +1,12 @@
 """A released Glance as the source of images, up to the disk that Nova's code makes of them."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from agents import Lab, disk_bytes, eventually, output_of, run_vmthunder, same
-from glance_server import GlanceServer, serving
+from glance_server import GlanceServer
 from openstack_names import base_name
 from vmthunder.openstack.glance import GlanceImage
 from vmthunder.openstack.sync import Follower
@@ -15,16 +14,7 @@ from vmthunder.openstack.sync import Follower
 DRIVE = Path(__file__).parent / "nova_drive.py"
 
 
-@pytest.fixture(scope="module")
-def glance(glance_python: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[GlanceServer]:
-    with serving(glance_python, tmp_path_factory.mktemp("glance") / "work") as server:
-        yield server
-
-
-@pytest.fixture(autouse=True)
-def cloud(glance: GlanceServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in glance.environ.items():
-        monkeypatch.setenv(name, value)
+pytestmark = pytest.mark.usefixtures("cloud")
 
 
 def disk(lab: Lab, name: str, seed: int) -> Path:
