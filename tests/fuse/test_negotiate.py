@@ -25,7 +25,7 @@ def test_a_kernel_that_has_everything_loses_nothing() -> None:
     assert agreed.store
     assert agreed.max_read_bytes == 1 << 20
     major, minor, readahead, flags, background, congestion, _, _, max_pages, _, flags2, stack_depth = answer
-    assert (major, minor, readahead, max_pages, stack_depth) == (7, 40, 128 * 1024, 256, 1)
+    assert (major, minor, readahead, max_pages, stack_depth) == (7, 40, 256 * 1024, 256, 1)
     assert congestion < background
     assert flags | flags2 << 32 == agreed.flags
 

@@ -19,7 +19,7 @@ from vmthunder.fuse.protocol import (
     encode_init,
 )
 
-READAHEAD_BYTES = 128 * 1024
+READAHEAD_BYTES = 256 * 1024
 """How far the kernel reads ahead of a sequential reader: what a boot reads beside it is mostly in vain (ADR 1)."""
 MAX_READ_BYTES = 1024 * 1024
 """The longest READ: 256 pages, the most that a kernel without tuning allows."""
