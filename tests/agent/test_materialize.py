@@ -1,6 +1,7 @@
 """Local copies: made, opened in passthrough, given back."""
 
 import os
+import shutil
 import signal
 import subprocess
 
@@ -58,6 +59,23 @@ def test_whoever_had_the_image_open_before_goes_on_beside_the_local_copy(lab: La
     agent.kill_worker()
     assert same(agent.path("debian-12"), source)
     assert all(int(reads) > 0 for reads in finish(before + after))
+
+
+def test_whoever_had_the_image_open_before_needs_no_origin_once_the_copy_is_whole(lab: Lab) -> None:
+    source = lab.publish("debian-12", disk_bytes(SIZE_BYTES))
+    # Neither memory nor the chunk cache has what a reader asks for: it is in the copy, or nowhere.
+    agent = lab.agent(decoded_bytes=0, cache_bytes=1 << 20)
+    holders = [lab.holder(agent.path("debian-12")) for _ in range(2)]
+    assert same(agent.path("debian-12"), source)
+    agent.client.materialize("debian-12")
+    shutil.rmtree(lab.origin / "packs")
+    agent.drop_page_cache()
+    with pytest.raises(Conflict, match="open 2 times"):
+        agent.client.dematerialize("debian-12")
+    assert finish(holders[:1]) == [sha256(source)]
+    agent.kill_worker()
+    agent.drop_page_cache()
+    assert finish(holders[1:]) == [sha256(source)]
 
 
 def test_a_copy_that_is_open_is_not_removed_and_one_that_is_not_gives_its_space_back(lab: Lab) -> None:

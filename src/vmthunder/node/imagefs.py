@@ -84,6 +84,7 @@ class ImageFileSystem:
         self._files: dict[int, OpenFile] = {}
         self.backing: Backing | None = None
         """Set once there is a session, if the kernel has passthrough."""
+        materialized.made = self._made
 
     async def lookup(self, parent: int, name: bytes) -> Entry:
         if parent != ROOT or not name.endswith(SUFFIX.encode()):
@@ -155,7 +156,7 @@ class ImageFileSystem:
 
     async def _read_first(self, node: int, fh: int, offset: int, size_bytes: int) -> Slices:
         known = self._node(node)
-        if known.materialized:
+        if known.materialized or known.image_id in self._materialized:
             try:
                 file = self._open_local(self._materialized.open(known.image_id))
             except FileNotFoundError:
@@ -211,8 +212,14 @@ class ImageFileSystem:
         if unused is not None and self.backing is not None:
             self.backing.close_backing(unused)
 
+    def _made(self, image: ImageId) -> None:
+        """A local copy is whole: who has the image open on demand reads from it, too, so that the origin may forget it."""
+        node = self._state.find(image, materialized=False)
+        if node is not None:
+            self._close(node)
+
     def _close(self, node: Node) -> None:
-        """Nobody has the node open: give its manifest or its descriptor back."""
+        """Give its manifest or its descriptor back; the next read, if there is one, looks for what is behind it anew."""
         file = self._files.pop(node.number, None)
         if file is not None:
             node.read_bytes += file.read_bytes

@@ -53,6 +53,8 @@ class MaterializedImages:
         self._read = read
         self._whole: set[ImageId] = set()
         self._copying: dict[ImageId, _Copying] = {}
+        self.made: Callable[[ImageId], None] = lambda _image: None
+        """Told of each copy when it is whole."""
         for entry in directory.iterdir():
             if entry.suffix == ".part":
                 entry.unlink()
@@ -158,6 +160,7 @@ class MaterializedImages:
             del self._copying[image]
             part.unlink(missing_ok=True)
         self._whole.add(image)
+        self.made(image)
         log.info("event=materialized image=%s bytes=%d", image.hex(), copying.done_bytes)
 
 

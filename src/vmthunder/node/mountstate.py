@@ -101,6 +101,10 @@ class MountState:
     def find(self, image_id: ImageId, *, materialized: bool) -> Node | None:
         return self._by_image.get((image_id, materialized))
 
+    def open_times(self, image_id: ImageId) -> int:
+        """How often an image is open, from a local copy or on demand."""
+        return sum(len(node.handles) for node in self._nodes.values() if node.image_id == image_id)
+
     def look_up(self, image_id: ImageId, size_bytes: int, name: str | None, *, materialized: bool) -> Node:
         """Count one LOOKUP of an image's node, which is made if need be."""
         node = self.find(image_id, materialized=materialized)

@@ -146,8 +146,7 @@ class NovaBase:
         return None if known is None else known.image_id
 
     def _is_open(self, image: ImageId) -> bool:
-        node = self._state.find(image, materialized=True)
-        return node is not None and bool(node.handles)
+        return self._state.open_times(image) > 0
 
     def _attr(self, node: int) -> tuple[Attr, float]:
         attr, _ = self._images.getattr(node)

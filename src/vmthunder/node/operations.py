@@ -91,11 +91,8 @@ class Operations:
         image = image_id(text) if is_hex_digest(text) else (await self._catalogue.find(text)).image_id
         if image not in self._materialized:
             raise NotFound(f"image {text} is not materialized on this node")
-        node = self._state.find(image, materialized=True)
-        if node is not None and node.handles:
-            raise Conflict(
-                f"image {text} is open {len(node.handles)} times from its local copy; stop those guests first"
-            )
+        if (times := self._state.open_times(image)) > 0:
+            raise Conflict(f"image {text} is open {times} times, and read from its local copy; stop those guests first")
         return {"image_id": image.hex(), "freed_bytes": self._materialized.remove(image)}
 
     async def precache(self, request: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
